@@ -1,0 +1,40 @@
+"""The panel that shows the terms of the loss below nnU-Net's own panels of `progress.png`."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+
+WIDTH, HEIGHT = 30, 18  # inches at 100 dpi: one panel of nnU-Net's figure
+
+
+def add_terms_panel(output_folder: str, curves: dict[str, list[float]]) -> None:
+    """Appends a panel with `curves`, one value an epoch, to the `progress.png` that nnU-Net just wrote in the folder.
+
+    nnU-Net draws and saves its figure in one function, so the panel is pasted below. Nothing happens without curves.
+    """
+    if not curves:
+        return
+    path = Path(output_folder) / "progress.png"
+    with Image.open(path) as figure, Image.open(_panel(curves)) as panel:
+        combined = Image.new("RGB", (figure.width, figure.height + panel.height), "white")
+        combined.paste(figure.convert("RGB"), (0, 0))
+        combined.paste(panel.convert("RGB"), (0, figure.height))
+    combined.save(path, compress_level=1)  # a few MB of curves: the default level takes seconds an epoch
+
+
+def _panel(curves: dict[str, list[float]]) -> BytesIO:
+    from matplotlib.figure import Figure  # not pyplot: no global figure is left open
+
+    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=100, layout="tight")
+    axes = figure.subplots()
+    for name, values in curves.items():
+        axes.plot(range(len(values)), values, linewidth=4, label=name)
+    axes.set(xlabel="epoch", ylabel="terms of the training loss, without their weights")
+    axes.legend(loc=(0, 1))
+    picture = BytesIO()
+    figure.savefig(picture)
+    picture.seek(0)
+    return picture

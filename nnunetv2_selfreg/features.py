@@ -1,0 +1,114 @@
+"""Feature maps of a network's stages, read through forward hooks while the network trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor, is_grad_enabled, nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Features(NamedTuple):
+    """Feature maps of one forward pass, `(B, C, *spatial)` each."""
+
+    encoder: list[Tensor]
+    """Outputs of the encoder stages after the first, from high to low resolution; the last one is the bottleneck."""
+    decoder: list[Tensor]
+    """Outputs of the decoder stages before the last, from low to high resolution."""
+    final: Tensor
+    """Output of the last decoder stage, the input of the top segmentation layer."""
+
+
+class FeatureTaps:
+    """Collects the stage outputs of a U-Net-like network in training, and only there.
+
+    The network stays as it is: same modules, same `state_dict`. A hook keeps an output when its stage is in training
+    mode and gradients are enabled; in evaluation nothing is collected. :meth:`take` hands the features over and
+    releases them, so none outlives its step.
+
+    Register before the first forward pass: `torch.compile` traces these hooks, but silently ignores later ones.
+
+    Args:
+        network: has `.encoder.stages` and `.decoder.stages`, as PlainConvUNet and ResidualEncoderUNet; wrapped in
+            DistributedDataParallel, compiled, or neither.
+
+    Raises:
+        NotImplementedError: the network has no such stages, or fewer than two in the decoder.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = unwrap(network)
+        encoder, decoder = _stages(self._network)
+        self._n_encoder = len(encoder) - 1
+        self._tapped = [*encoder[1:], *decoder]
+        self._collected: list[Tensor | None] = [None] * len(self._tapped)
+        self._handles = [
+            stage.register_forward_hook(self._hook(stage, index)) for index, stage in enumerate(self._tapped)
+        ]
+
+    @property
+    def active(self) -> bool:
+        """Whether a forward pass through the network would be collected now."""
+        return self._network.training and is_grad_enabled()
+
+    def take(self) -> Features:
+        """The features of the last forward pass; they are released here.
+
+        Raises:
+            RuntimeError: a stage delivered none.
+        """
+        missing = [index for index, feature in enumerate(self._collected) if feature is None]
+        features = [feature for feature in self._collected if feature is not None]
+        self.clear()
+        if missing:
+            raise RuntimeError(
+                f"{len(missing)} of {len(self._tapped)} tapped stages of {type(self._network).__name__} delivered no "
+                "feature map. Either no forward pass preceded the loss, or the network had been compiled and run "
+                "before the taps were registered (torch.compile ignores such hooks)."
+            )
+        return Features(features[: self._n_encoder], features[self._n_encoder : -1], features[-1])
+
+    def clear(self) -> None:
+        """Releases whatever was collected."""
+        self._collected[:] = [None] * len(self._tapped)
+
+    def remove(self) -> None:
+        """Unregisters the hooks."""
+        self.clear()
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, stage: nn.Module, index: int) -> Callable[[nn.Module, tuple, Tensor], None]:
+        collected = self._collected
+
+        def keep(module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+            # A deep copy of the network (an EMA teacher, say) carries this hook along, where it must be silent.
+            if module is stage and module.training and is_grad_enabled():
+                collected[index] = output
+
+        return keep
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The plain network inside DistributedDataParallel and `torch.compile`."""
+    if isinstance(network, DistributedDataParallel):
+        network = network.module
+    return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+
+def _stages(network: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    name = type(network).__name__
+    encoder, decoder = (list(getattr(getattr(network, part, None), "stages", ())) for part in ("encoder", "decoder"))
+    if len(encoder) < 2 or not decoder:
+        raise NotImplementedError(
+            f"{name} has no encoder.stages and decoder.stages to read feature maps from. Use a plan whose network has "
+            "them, such as PlainConvUNet or ResidualEncoderUNet."
+        )
+    if len(decoder) < 2:
+        raise NotImplementedError(
+            f"{name} has {len(decoder)} decoder stage; self-regularisation compares the last one with others and needs "
+            "two at least. Use a configuration with more resolution stages."
+        )
+    return encoder, decoder

@@ -1,0 +1,221 @@
+"""The two self-regularisation terms of SelfReg-UNet and the loss that adds them to a segmentation loss.
+
+    L = L_seg + lambda_scr * L_SCR + lambda_ifd * L_IFD
+
+Semantic consistency (SCR): the last decoder block's feature map supervises every other block. Internal feature
+distillation (IFD): inside a block, the well-used channels teach the redundant ones.
+
+Source: Zhu et al., "SelfReg-UNet: Self-Regularized UNet for Medical Image Segmentation", MICCAI 2024, arXiv 2406.14896.
+Where the paper and the authors' released program differ, the default follows the program; each docstring says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from nnunetv2_selfreg.features import FeatureTaps
+
+
+def semantic_consistency(feature: Tensor, final: Tensor, channels: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Semantic consistency regularisation of one block by the last decoder block.
+
+        L_SCR = mean_{B, n, space} ( feature[:, i] - pool(stopgrad(final))[:, j] )^2
+
+    `pool` averages `final` to the full spatial shape of `feature`, whatever the dimension or anisotropy. The channels
+    `i` and `j` are `n = min(C, C_final)` indices each, drawn independently and without replacement at every call, as in
+    the released program; the paper draws on `feature` only.
+
+    Args:
+        feature: feature map of a block, `(B, C, *spatial)`, 2D or 3D.
+        final: feature map of the last decoder block, `(B, C_final, *spatial)`, at least as large along each axis. It
+            gets no gradient.
+        channels: the index tensors `(i, j)`, of equal length; drawn at random when absent.
+
+    Returns:
+        Scalar in at least single precision.
+
+    Raises:
+        ValueError: batch or dimension differ, or `final` is smaller than `feature` along an axis.
+
+    >>> feature, final = torch.ones(2, 8, 4, 4), torch.zeros(2, 4, 16, 8)
+    >>> semantic_consistency(feature, final)
+    tensor(1.)
+    """
+    _check_pair(feature, final)
+    if channels is None:
+        channels = _random_channels(feature, final)
+    pooled = average_pool(final.detach(), feature.shape[2:])
+    return F.mse_loss(_select(feature, channels[0]), _select(pooled, channels[1]))
+
+
+def internal_feature_distillation(feature: Tensor, order: str = "activation", stop_gradient: bool = False) -> Tensor:
+    """Internal feature distillation: the first half of a block's channels against the second half.
+
+        L_IFD = mean_{B, C // 2, space} ( feature[:, top] - feature[:, bottom] )^2
+
+    Args:
+        feature: feature map of a block, `(B, C, *spatial)`, 2D or 3D. Of an odd number of channels the last one in the
+            order is left out (our decision: the published formula is undefined there).
+        order: "activation" (the released program) sorts the channels, descending, by the mean over batch and space
+            of the activation that was L2-normalised over space; "index" (the paper) keeps their order.
+        stop_gradient: True (the paper) makes the first half the teacher, without gradient; False (the released
+            program) lets the gradient into both halves.
+
+    Returns:
+        Scalar in at least single precision. 0 for a single channel, which has nothing to be compared with.
+
+    Raises:
+        ValueError: unknown `order`.
+
+    >>> internal_feature_distillation(torch.tensor([0.0, 2.0]).reshape(1, 2, 1, 1))
+    tensor(4.)
+    """
+    half = feature.shape[1] // 2
+    ranking = channel_ranking(feature, order)
+    if half == 0:
+        return torch.zeros((), dtype=torch.promote_types(feature.dtype, torch.float32), device=feature.device)
+    top, bottom = _select(feature, ranking[:half]), _select(feature, ranking[half : 2 * half])
+    return F.mse_loss(bottom, top.detach() if stop_gradient else top)
+
+
+def channel_ranking(feature: Tensor, order: str = "activation") -> Tensor:
+    """Channel indices of `feature` `(B, C, *spatial)` in the order in which IFD halves them (see there)."""
+    if order == "index":
+        return torch.arange(feature.shape[1], device=feature.device)
+    if order == "activation":
+        return torch.argsort(_mean_normalised_activation(feature.detach()), descending=True)
+    raise ValueError(f'order is {order!r}, it must be "activation" or "index"')
+
+
+def average_pool(feature: Tensor, shape: Sequence[int]) -> Tensor:
+    """Average-pools `(B, C, *spatial)`, 2D or 3D, to the spatial `shape`, evenly where that is possible."""
+    if tuple(feature.shape[2:]) == tuple(shape):
+        return feature
+    if not _divides(shape, feature.shape[2:]):
+        return (F.adaptive_avg_pool2d if len(shape) == 2 else F.adaptive_avg_pool3d)(feature, tuple(shape))
+    kernel = [have // want for have, want in zip(feature.shape[2:], shape, strict=True)]
+    return (F.avg_pool2d if len(shape) == 2 else F.avg_pool3d)(feature, kernel)
+
+
+class SelfRegularizedLoss(nn.Module):
+    """Adds SCR and IFD of the tapped features to a segmentation loss while the network trains.
+
+        L = L_seg + lambda_scr * mean_{all blocks} L_SCR + lambda_ifd * (mean_{encoder} L_IFD + mean_{decoder} L_IFD)
+
+    The averaging is the released program's, the two lambdas are the paper's. In evaluation it is the segmentation loss
+    alone, so a validation loss stays comparable with stock nnU-Net. A term whose lambda is 0 is not computed. Under
+    autocast both terms are computed in single precision.
+
+    `terms` holds the detached scalars of the last training step, `segmentation`, `scr` and `ifd`, without lambda.
+
+    Args:
+        loss: the segmentation loss, called with `(output, target)`.
+        taps: the source of the features; they are released at each call.
+        lambda_scr, lambda_ifd: weights, finite and not negative.
+        ifd_order, ifd_stop_gradient: see :func:`internal_feature_distillation`.
+
+    Raises:
+        ValueError: a lambda is negative or not finite, or `ifd_order` is unknown.
+    """
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        taps: FeatureTaps,
+        lambda_scr: float,
+        lambda_ifd: float,
+        ifd_order: str = "activation",
+        ifd_stop_gradient: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("lambda_scr", lambda_scr), ("lambda_ifd", lambda_ifd)):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} is {value}, it must be finite and not negative")
+        channel_ranking(torch.zeros(1, 1, 1, 1), ifd_order)  # raises now, not in the first step
+        self.loss = loss
+        self.taps = taps
+        self.lambda_scr = lambda_scr
+        self.lambda_ifd = lambda_ifd
+        self.ifd_order = ifd_order
+        self.ifd_stop_gradient = ifd_stop_gradient
+        self.terms: dict[str, Tensor] = {}
+
+    def forward(self, output: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]) -> Tensor:
+        total = self.loss(output, target)
+        if not self.taps.active:
+            return total
+        self.terms = {"segmentation": total.detach()}
+        encoder, decoder, final = self.taps.take()
+        with torch.autocast(final.device.type, enabled=False):
+            if self.lambda_scr > 0:
+                total = total + self.lambda_scr * self._keep("scr", self._scr([*encoder, *decoder], final))
+            if self.lambda_ifd > 0:
+                total = total + self.lambda_ifd * self._keep("ifd", self._ifd(encoder) + self._ifd(decoder))
+        return total
+
+    def _keep(self, name: str, term: Tensor) -> Tensor:
+        self.terms[name] = term.detach()
+        return term
+
+    def _scr(self, features: list[Tensor], final: Tensor) -> Tensor:
+        pooled = _pooled_to_each_shape(final.detach(), {tuple(f.shape[2:]) for f in features})
+        return torch.stack([semantic_consistency(f, pooled[tuple(f.shape[2:])]) for f in features]).mean()
+
+    def _ifd(self, features: list[Tensor]) -> Tensor:
+        comparable = [f for f in features if f.shape[1] > 1] or features
+        terms = [internal_feature_distillation(f, self.ifd_order, self.ifd_stop_gradient) for f in comparable]
+        return torch.stack(terms).mean()
+
+
+def _pooled_to_each_shape(final: Tensor, shapes: set[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
+    """`final` pooled to each shape. An even average of even averages is the average, so each level pools the one above
+    it: the full-resolution map is read once, not once for each block."""
+    pooled: dict[tuple[int, ...], Tensor] = {}
+    source = final
+    for shape in sorted(shapes, reverse=True):
+        if not _divides(shape, source.shape[2:]):
+            source = final
+        source = pooled[shape] = average_pool(source, shape)
+    return pooled
+
+
+def _divides(shape: Sequence[int], larger: Sequence[int]) -> bool:
+    return all(have % want == 0 for have, want in zip(larger, shape, strict=True))
+
+
+def _select(feature: Tensor, channels: Tensor) -> Tensor:
+    """Channels of a feature map in at least single precision. Selecting first keeps the conversion small; double
+    precision stays, so that gradients can be checked."""
+    selected = feature.index_select(1, channels)
+    return selected.to(torch.promote_types(selected.dtype, torch.float32))
+
+
+def _random_channels(feature: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
+    n = min(feature.shape[1], final.shape[1])
+    return (
+        torch.randperm(feature.shape[1], device=feature.device)[:n],
+        torch.randperm(final.shape[1], device=final.device)[:n],
+    )
+
+
+def _mean_normalised_activation(feature: Tensor) -> Tensor:
+    """mean_B( mean_space( F / ||F||_2 ) ) for each channel, up to a constant factor: no normalised map is built."""
+    space = tuple(range(2, feature.ndim))
+    dtype = torch.promote_types(feature.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(feature, dim=space, dtype=dtype).clamp_min(1e-12)  # the epsilon of F.normalize
+    return (feature.sum(space, dtype=dtype) / norm).mean(0)
+
+
+def _check_pair(feature: Tensor, final: Tensor) -> None:
+    if feature.ndim != final.ndim or feature.shape[0] != final.shape[0]:
+        raise ValueError(
+            f"feature {tuple(feature.shape)} and final {tuple(final.shape)} must have the same batch and dimension"
+        )
+    if any(f > g for f, g in zip(feature.shape[2:], final.shape[2:], strict=True)):
+        raise ValueError(f"final {tuple(final.shape)} is smaller than feature {tuple(feature.shape)} along an axis")

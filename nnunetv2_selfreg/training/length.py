@@ -1,0 +1,97 @@
+"""Training length as a suffix of a trainer's name: `nnUNetTrainerSelfReg_50epochs`, `nnUNetTrainer_2epochs_20iters`.
+
+nnU-Net itself ships a class for some numbers of epochs; here it is every number, for every trainer.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+from nnunetv2_selfreg.discovery import external_folders
+
+ACCEPTED = "<trainer>_<N>epochs or <trainer>_<N>epochs_<M>iters, N and M whole numbers from 1"
+_SUFFIX = re.compile(r"(?P<base>.*[^_])_(?P<epochs>[1-9][0-9]*)epochs(_(?P<iterations>[1-9][0-9]*)iters)?")
+_ATTEMPT = re.compile(r".*_[-+]?[0-9.,]+_?(epochs?|iters?|iterations?)(_.*)?", re.IGNORECASE)
+
+
+def trainer_of_length(name: str, own_module: str) -> type[nnUNetTrainer]:
+    """The trainer class that `name` asks for, if it ends in a training length.
+
+    A class that really has this name wins: nnU-Net has looked among its own before it asks here, and the other folders
+    in `nnUNet_extTrainer` are searched first.
+
+    Args:
+        name: what was given to `-tr`.
+        own_module: file of the trainer module that asks. Folders with a file of this name are left out of the search,
+            since they would ask back.
+
+    Raises:
+        AttributeError: `name` has nothing of such a suffix, or its base is no trainer's name.
+        ValueError: `name` has a malformed suffix.
+    """
+    if not _ATTEMPT.fullmatch(name):
+        raise AttributeError(f"{name} is not a trainer with a training length")
+    existing = _class_of_that_name(name, Path(own_module).name)
+    if existing is not None:
+        return existing
+    match = _SUFFIX.fullmatch(name)
+    if match is None:
+        raise ValueError(f"The trainer name {name} has a malformed training length. Accepted: {ACCEPTED}")
+    base = recursive_find_trainer_class_by_name(match["base"])
+    return with_length(base, name, int(match["epochs"]), int(match["iterations"]) if match["iterations"] else None)
+
+
+def with_length(
+    base: type[nnUNetTrainer], name: str, epochs: int, iterations: int | None = None
+) -> type[nnUNetTrainer]:
+    """A subclass of `base`, called `name`, that trains for `epochs` epochs of `iterations` iterations.
+
+    Validation iterations shrink in proportion, at least 1. So does the interval of `checkpoint_latest` when the
+    training is shorter than the trainer's own: with nnU-Net's 50 epochs a short training would never write one.
+    """
+
+    class Shortened(base):  # type: ignore[misc, valid-type]
+        # nnU-Net reads the constructor's parameters by name, so they are spelled out.
+        def __init__(
+            self,
+            plans: dict,
+            configuration: str,
+            fold: int,
+            dataset_json: dict,
+            device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
+        ) -> None:
+            super().__init__(plans, configuration, fold, dataset_json, device)
+            self.save_every = min(self.save_every, _in_proportion(self.save_every, epochs, self.num_epochs))
+            self.num_epochs = epochs
+            if iterations is not None:
+                self.num_val_iterations_per_epoch = _in_proportion(
+                    self.num_val_iterations_per_epoch, iterations, self.num_iterations_per_epoch
+                )
+                self.num_iterations_per_epoch = iterations
+
+    Shortened.__name__ = Shortened.__qualname__ = name
+    Shortened.__module__ = base.__module__
+    Shortened.__doc__ = f"{base.__name__}, {epochs} epochs" + (f" of {iterations} iterations" if iterations else "")
+    return Shortened
+
+
+def _in_proportion(value: int, new: int, old: int) -> int:
+    return max(1, round(value * new / old))
+
+
+def _class_of_that_name(name: str, own_file: str) -> type[nnUNetTrainer] | None:
+    for folder in external_folders():
+        if not folder.is_dir() or (folder / own_file).exists():
+            continue
+        found = recursive_find_python_class(
+            str(folder), name, None, base_folder=str(folder), cleanup_imports_from_base_folder=True
+        )
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,112 @@
+"""What every trainer of this package does besides its method: whole checkpoints, no training on NaN, logged terms."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+from nnunetv2.training.logging.nnunet_logger import LocalLogger
+from torch import Tensor
+from torch import distributed as dist
+
+from nnunetv2_selfreg.analysis.progress import add_terms_panel
+from nnunetv2_selfreg.files import replacing
+
+if TYPE_CHECKING:
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer as _Trainer
+else:
+    _Trainer = object  # a mixin: the composed class brings the trainer
+
+
+class ReliableTraining(_Trainer):
+    """Base of all mixins over nnUNetTrainer.
+
+    * A checkpoint is written beside its place and renamed: a kill at any moment leaves the last one whole.
+    * A loss that is not finite, in training or validation, stops the run before anything is saved.
+    * The terms of :meth:`loss_terms` are logged each epoch with nnU-Net's logger: in the log file, in a panel of
+      `progress.png`, in Weights & Biases, in the checkpoint.
+
+    A way of training that replaces nnU-Net's optimisation step overrides :meth:`optimise`; one whose loss has several
+    terms extends :meth:`loss_terms`.
+    """
+
+    def optimise(self, batch: dict) -> dict:
+        """One optimisation step, nnU-Net's here. Returns what nnUNetTrainer.train_step returns, `{"loss": array}`."""
+        return super().train_step(batch)
+
+    def loss_terms(self) -> dict[str, Tensor]:
+        """The detached scalar terms of the last training step, by the name under which they are logged."""
+        return {}
+
+    def train_step(self, batch: dict) -> dict:
+        outputs = self.optimise(batch)
+        outputs.update({name: term.item() for name, term in self.loss_terms().items()})
+        self._stop_unless_finite(outputs, batch)
+        return outputs
+
+    def validation_step(self, batch: dict) -> dict:
+        outputs = super().validation_step(batch)
+        self._stop_unless_finite({"validation loss": outputs["loss"]}, batch)
+        return outputs
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        super().on_train_epoch_end(train_outputs)
+        terms = {
+            name: float(np.mean(gather_from_ranks([outputs[name] for outputs in train_outputs])))
+            for name in self.loss_terms()
+        }
+        for name in _own_keys(self.logger.local_logger) - set(terms):
+            self._log(name, math.nan)  # a term of an earlier part of the run, or the progress plot would end here
+        for name, value in terms.items():
+            self._log(name, value)
+            self.print_to_log_file(name, np.round(value, decimals=4))
+
+    def on_epoch_end(self) -> None:
+        super().on_epoch_end()
+        if self.local_rank == 0:
+            add_terms_panel(self.output_folder, self._own_curves())
+
+    def save_checkpoint(self, filename: str) -> None:
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        with replacing(filename) as part:
+            super().save_checkpoint(part)
+
+    def _stop_unless_finite(self, losses: dict, batch: dict) -> None:
+        bad = {name: float(value) for name, value in losses.items() if not math.isfinite(value)}
+        if not bad:
+            return
+        named = bad if set(bad) == {"loss"} else {name: value for name, value in bad.items() if name != "loss"}
+        raise FloatingPointError(
+            f"Training stopped in epoch {self.current_epoch}: {', '.join(f'{n} is {v}' for n, v in named.items())}. "
+            f"Cases in the batch: {', '.join(map(str, batch['keys']))}. Look for NaN or extreme intensities in these; "
+            "if they are sound, lower the learning rate or the weight of that term. The checkpoints in "
+            f"{self.output_folder} were written before this and are whole; --c continues from the last one."
+        )
+
+    def _log(self, name: str, value: float) -> None:
+        """Logs with nnU-Net's logger, which takes one value an epoch of keys that it knows. Epochs before a key's
+        first one, as after resuming a stock checkpoint, are NaN."""
+        curves = self.logger.local_logger.my_fantastic_logging
+        curve = curves.setdefault(name, [])
+        curve.extend([math.nan] * (self.current_epoch - len(curve)))
+        self.logger.log(name, value, self.current_epoch)
+
+    def _own_curves(self) -> dict[str, list[float]]:
+        logger = self.logger.local_logger
+        return {name: logger.my_fantastic_logging[name] for name in sorted(_own_keys(logger))}
+
+
+def gather_from_ranks(values: list[float]) -> list[float]:
+    """The values of all processes, in the order of their ranks; `values` itself without a process group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, values)
+    return [value for of_rank in gathered for value in of_rank]
+
+
+def _own_keys(logger: LocalLogger) -> set[str]:
+    return set(logger.my_fantastic_logging) - set(LocalLogger().my_fantastic_logging)

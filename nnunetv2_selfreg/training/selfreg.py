@@ -1,0 +1,38 @@
+"""SelfReg as a loss: the taps are set when nnU-Net builds its loss, and the training step stays as it is."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from nnunetv2_selfreg.features import FeatureTaps
+from nnunetv2_selfreg.losses import SelfRegularizedLoss
+from nnunetv2_selfreg.training.reliable import ReliableTraining
+
+
+class SelfRegularized(ReliableTraining):
+    """Regularises the network by its own last decoder block (SelfReg-UNet, Zhu et al., MICCAI 2024).
+
+    Put it before the trainer it regularises: `class Mine(SelfRegularized, nnUNetTrainer)`. For networks with
+    `.encoder.stages` and `.decoder.stages`; others raise NotImplementedError at initialisation. With both lambdas 0 the
+    loss is the other trainer's own, untouched.
+    """
+
+    lambda_scr: float = 0.015
+    """Weight of the semantic consistency; the published value for a U-Net on Synapse."""
+    lambda_ifd: float = 0.015
+    """Weight of the internal feature distillation; likewise."""
+    ifd_order: str = "activation"
+    """How IFD sorts channels before it halves them: "activation" (released program) or "index" (paper)."""
+    ifd_stop_gradient: bool = False
+    """Whether IFD's first half is a teacher without gradient: False (released program) or True (paper)."""
+
+    def _build_loss(self) -> nn.Module:
+        loss = super()._build_loss()
+        if self.lambda_scr == self.lambda_ifd == 0:
+            return loss
+        return SelfRegularizedLoss(
+            loss, FeatureTaps(self.network), self.lambda_scr, self.lambda_ifd, self.ifd_order, self.ifd_stop_gradient
+        )
+
+    def loss_terms(self) -> dict[str, Tensor]:
+        return {**super().loss_terms(), **getattr(self.loss, "terms", {})}
