@@ -1,7 +1,7 @@
 """A deterministic left-atrium-like phantom in nnU-Net's raw format: nothing to download, learnable in minutes.
 
-A bright ellipsoidal atrium with four pulmonary veins lies in tissue of middle brightness beside a ventricle of the same
-brightness as the atrium, so intensity alone does not solve it. On top: a smooth bias field, blur and Rician noise, as in
+A bright ellipsoidal atrium with four pulmonary veins lies in tissue of middle brightness beside a ventricle that is as
+bright as the atrium, so intensity alone does not solve it. On top: a smooth bias field, blur and Rician noise, as in
 late-enhancement MRI. Case `i` of a seed is always the same image.
 """
 

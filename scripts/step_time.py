@@ -1,0 +1,140 @@
+"""Time and memory of a training step, stock nnU-Net and others in turn, in one process, on real batches.
+
+    python scripts/step_time.py 4 3d_fullres -tr nnUNetTrainer nnUNetTrainerSelfReg -device cpu
+
+Each round takes one batch of the data set and gives it to every trainer, the first one being the reference. Reported
+are the median time of a step, the median and quartiles of the ratio to the reference round by round (a machine's speed
+drifts, a ratio of neighbours does not), and the peak of tensor memory above what is held between steps.
+`nnUNetTrainerSelfRegStraightPort`, which computes the same terms the published way, is at hand for comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+STRAIGHT_PORT = Path(__file__).resolve().parent / "straight_port"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help="name or id, preprocessed")
+    parser.add_argument("configuration")
+    parser.add_argument("-tr", nargs="+", default=["nnUNetTrainer", "nnUNetTrainerSelfReg"], metavar="TRAINER")
+    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS")
+    parser.add_argument("-f", default="0", metavar="FOLD")
+    parser.add_argument("-device", default="cuda", choices=["cpu", "cuda", "mps"])
+    parser.add_argument("--rounds", type=int, default=15, help="after two that are not counted")
+    parser.add_argument("-o", type=Path, help="write the table as JSON to this file")
+    arguments = parser.parse_args()
+
+    torch.set_flush_denormal(True)  # on a CPU denormals would drown the result
+    with tempfile.TemporaryDirectory() as results:
+        os.environ["nnUNet_results"] = results  # a trainer writes a log file as soon as it exists
+        trainers = {name: build(name, arguments) for name in arguments.tr}
+        seconds, memory = measure(trainers, arguments.rounds)
+    rows = summary(seconds, memory)
+    print_table(rows)
+    if arguments.o:
+        about = {**vars(arguments), "torch": torch.__version__, "machine": machine(arguments.device)}
+        arguments.o.write_text(json.dumps({"rows": rows, **{k: str(v) for k, v in about.items()}}, indent=4))
+
+
+def build(name: str, arguments: argparse.Namespace) -> Any:
+    """The trainer as `nnUNetv2_train` builds it, initialised."""
+    from nnunetv2.run.run_training import get_trainer_from_args
+
+    if str(STRAIGHT_PORT) not in os.environ.get("nnUNet_extTrainer", ""):
+        before = os.environ.get("nnUNet_extTrainer", "")
+        os.environ["nnUNet_extTrainer"] = os.pathsep.join(filter(None, [before, str(STRAIGHT_PORT)]))
+    fold = arguments.f if arguments.f == "all" else int(arguments.f)
+    device = torch.device(arguments.device)
+    trainer = get_trainer_from_args(arguments.dataset, arguments.configuration, fold, name, arguments.p, device=device)
+    trainer.initialize()
+    trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
+    trainer.network.train()
+    return trainer
+
+
+def measure(trainers: dict[str, Any], rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of each step, and peak memory in bytes of one more. All trainers of a round get the same batch."""
+    loader, _ = next(iter(trainers.values())).get_dataloaders()
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    for count in range(rounds + 2):
+        batch = next(loader)
+        for name, trainer in trainers.items():
+            start = time.perf_counter()
+            trainer.train_step(batch)  # ends with the loss on the CPU, so nothing is still queued on a GPU
+            if count >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    memory = {name: peak_memory(trainer, batch) for name, trainer in trainers.items()}
+    if hasattr(loader, "_finish"):
+        loader._finish()
+    return seconds, memory
+
+
+def peak_memory(trainer: Any, batch: dict) -> int:
+    """Bytes of tensors that a step allocates at its peak, above what the trainer holds between steps."""
+    trainer.optimizer.zero_grad(set_to_none=True)
+    if trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        trainer.train_step(batch)
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer.train_step(batch)
+    allocations = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(allocations, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def summary(seconds: dict[str, list[float]], memory: dict[str, int]) -> list[dict[str, Any]]:
+    reference = next(iter(seconds))
+    rows = []
+    for name, times in seconds.items():
+        ratios = [mine / theirs for mine, theirs in zip(times, seconds[reference], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        rows.append(
+            {
+                "trainer": name,
+                "seconds": statistics.median(times),
+                "ratio": middle,
+                "ratio_quartiles": [low, high],
+                "memory_mib": memory[name] / 2**20,
+                "memory_ratio": memory[name] / memory[reference],
+            }
+        )
+    return rows
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    print("\n| trainer | step, s | ratio (quartiles) | memory, MiB | ratio |\n| --- | --- | --- | --- | --- |")
+    for row in rows:
+        low, high = row["ratio_quartiles"]
+        print(
+            f"| {row['trainer']} | {row['seconds']:.3f} | {row['ratio']:.3f} ({low:.3f}–{high:.3f}) "
+            f"| {row['memory_mib']:.0f} | {row['memory_ratio']:.3f} |"
+        )
+
+
+def machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    main()

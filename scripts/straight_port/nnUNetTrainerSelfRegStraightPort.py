@@ -1,0 +1,44 @@
+"""SelfReg computed the published way, for comparison of its cost only: full maps are permuted, normalised and pooled.
+
+Own code after the description of the released program in Zhu et al., MICCAI 2024, taken from 2D to any dimension. The
+result is that of nnUNetTrainerSelfReg; the work is not.
+"""
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch.nn import functional as F
+
+from nnunetv2_selfreg.losses import SelfRegularizedLoss
+from nnunetv2_selfreg.training.selfreg import SelfRegularized
+
+
+class StraightPortLoss(SelfRegularizedLoss):
+    def _scr(self, features, final):
+        terms = []
+        for feature in features:
+            # Pooled from full resolution for each block anew, and all of its channels shuffled.
+            adaptive_pool = F.adaptive_avg_pool3d if feature.ndim == 5 else F.adaptive_avg_pool2d
+            pooled = adaptive_pool(final.detach(), feature.shape[2:])
+            n = min(feature.shape[1], pooled.shape[1])
+            shuffled = feature[:, torch.randperm(feature.shape[1])]
+            terms.append(F.mse_loss(shuffled[:, :n], pooled[:, torch.randperm(pooled.shape[1])][:, :n]))
+        return torch.stack(terms).mean()
+
+    def _ifd(self, features):
+        terms = []
+        for feature in features:
+            normalised = F.normalize(feature.flatten(2), dim=2)
+            ranking = normalised.mean((0, 2)).argsort(descending=True)
+            ranked = feature[:, ranking]
+            top, bottom = ranked.chunk(2, dim=1)
+            terms.append(F.mse_loss(bottom, top))
+        return torch.stack(terms).mean()
+
+
+class nnUNetTrainerSelfRegStraightPort(SelfRegularized, nnUNetTrainer):
+    """nnUNetTrainerSelfReg without any of its savings."""
+
+    def _build_loss(self):
+        loss = super()._build_loss()
+        loss.__class__ = StraightPortLoss
+        return loss
