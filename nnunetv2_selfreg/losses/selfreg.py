@@ -94,13 +94,19 @@ def channel_ranking(feature: Tensor, order: str = "activation") -> Tensor:
 
 
 def average_pool(feature: Tensor, shape: Sequence[int]) -> Tensor:
-    """Average-pools `(B, C, *spatial)`, 2D or 3D, to the spatial `shape`, evenly where that is possible."""
+    """Average-pools `(B, C, *spatial)`, 2D or 3D, to the spatial `shape`, evenly where that is possible.
+
+    What is pooled comes out in at least single precision.
+    """
     if tuple(feature.shape[2:]) == tuple(shape):
         return feature
+    if feature.device.type != "cuda":
+        feature = _at_least_single(feature)  # only CUDA pools half precision in 3D, and it sums in single precision
     if not _divides(shape, feature.shape[2:]):
-        return (F.adaptive_avg_pool2d if len(shape) == 2 else F.adaptive_avg_pool3d)(feature, tuple(shape))
+        pool = F.adaptive_avg_pool2d if len(shape) == 2 else F.adaptive_avg_pool3d
+        return _at_least_single(pool(feature, tuple(shape)))
     kernel = [have // want for have, want in zip(feature.shape[2:], shape, strict=True)]
-    return (F.avg_pool2d if len(shape) == 2 else F.avg_pool3d)(feature, kernel)
+    return _at_least_single((F.avg_pool2d if len(shape) == 2 else F.avg_pool3d)(feature, kernel))
 
 
 class SelfRegularizedLoss(nn.Module):
@@ -190,10 +196,13 @@ def _divides(shape: Sequence[int], larger: Sequence[int]) -> bool:
 
 
 def _select(feature: Tensor, channels: Tensor) -> Tensor:
-    """Channels of a feature map in at least single precision. Selecting first keeps the conversion small; double
-    precision stays, so that gradients can be checked."""
-    selected = feature.index_select(1, channels)
-    return selected.to(torch.promote_types(selected.dtype, torch.float32))
+    """Channels of a feature map in at least single precision. Selecting first keeps the conversion small."""
+    return _at_least_single(feature.index_select(1, channels))
+
+
+def _at_least_single(feature: Tensor) -> Tensor:
+    """Half precision becomes single; double stays, so that gradients can be checked."""
+    return feature.to(torch.promote_types(feature.dtype, torch.float32))
 
 
 def _random_channels(feature: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,46 @@
+"""nnU-Net's environment for all tests: folders of the session, small numbers of processes, the checkout's trainers."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Set before nnU-Net is imported anywhere: it reads some of these once.
+_session = tempfile.TemporaryDirectory(prefix="nnunetv2-selfreg-tests-")
+for _name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+    os.environ[_name] = str(Path(_session.name) / _name)
+os.environ.update(
+    nnUNet_n_proc_DA="0",
+    nnUNet_def_n_proc="1",
+    nnUNet_extTrainer=str(ROOT / "trainers"),
+    nnUNet_compile="f",
+    OMP_NUM_THREADS="1",  # the networks are tiny: a second thread costs more than it brings
+    PYTHONWARNINGS="ignore::FutureWarning",
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--commands", action="store_true", help="run every cell of the trainer matrix through nnU-Net's commands"
+    )
+
+
+@pytest.fixture(scope="session")
+def data_sets():
+    """The tiny data sets, written and preprocessed at first use."""
+    import workspace
+
+    return workspace.DataSets()
+
+
+@pytest.fixture(scope="class")
+def cells(request, data_sets):
+    """The cells of the trainer that the test class names."""
+    from contract import Cells
+    from workspace import Commands, InProcess
+
+    runner = Commands() if request.config.getoption("--commands") else InProcess()
+    return Cells(request.cls.trainer, data_sets, runner)

@@ -1,0 +1,50 @@
+"""`nnUNetv2_selfreg` from a checkout."""
+
+import pytest
+
+from nnunetv2_selfreg import __version__, cli, discovery
+
+
+def test_trainers_of_a_checkout_are_found_through_the_variable(capsys):
+    assert cli.main(["trainers"]) == 0
+    printed = capsys.readouterr().out
+    assert "nnUNetTrainerSelfReg " in printed
+    assert "MICCAI 2024" in printed
+    assert f"{discovery.trainers_folder()} ({discovery.VARIABLE} names it)" in printed
+
+
+def test_what_to_export_where_they_are_not_found(capsys, monkeypatch):
+    monkeypatch.delenv(discovery.VARIABLE)
+    assert cli.main(["trainers"]) == 1
+    printed = capsys.readouterr()
+    assert "nnUNetTrainerSelfReg " in printed.out  # listed all the same
+    assert f'export nnUNet_extTrainer="{discovery.trainers_folder()}"' in printed.err
+
+
+def test_export_line_keeps_what_is_set(monkeypatch):
+    monkeypatch.setenv(discovery.VARIABLE, "/mine")
+    assert discovery.export_line() == f'export nnUNet_extTrainer="${{nnUNet_extTrainer}}:{discovery.trainers_folder()}"'
+
+
+def test_another_copy_that_comes_first_is_named(capsys, monkeypatch, tmp_path):
+    (tmp_path / "nnUNetTrainerSelfReg.py").write_text(
+        (discovery.trainers_folder() / "nnUNetTrainerSelfReg.py").read_text()
+    )
+    monkeypatch.setenv(discovery.VARIABLE, f"{tmp_path}:{discovery.trainers_folder()}")
+    assert cli.main(["trainers"]) == 0
+    assert f"finds them in {tmp_path}" in capsys.readouterr().out
+
+
+def test_every_trainer_file_says_what_it_is():
+    assert all(trainer.summary for trainer in discovery.list_trainers())
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.strip() == __version__
+
+
+def test_subcommand_is_required():
+    with pytest.raises(SystemExit):
+        cli.main([])

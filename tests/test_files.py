@@ -1,0 +1,55 @@
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+from nnunetv2_selfreg.files import replacing
+
+
+def test_new_content_takes_the_place_in_one_step(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with replacing(path) as part:
+        with open(part, "w") as file:
+            file.write("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fill_the_disk():
+        with replacing(path) as part, open(part, "w") as file:
+            file.write("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fill_the_disk()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def _write_slowly(path):
+    while True:
+        with replacing(path) as part, open(part, "w") as file:
+            for _ in range(1000):
+                file.write("new " * 100)
+                file.flush()
+
+
+def test_kill_while_writing_leaves_a_whole_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    for delay in (0.05, 0.1, 0.15):
+        writer = multiprocessing.get_context("fork").Process(target=_write_slowly, args=(path,))
+        writer.start()
+        time.sleep(delay)
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        assert path.read_text() in ("old", "new " * 100_000)
+    assert set(os.listdir(tmp_path)) <= {"file", "file.part"}

@@ -1,0 +1,139 @@
+"""The wheel, installed as a user does: nnU-Net finds the trainers with nothing set, next to whatever else there is."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import nnunetv2
+import pytest
+
+from nnunetv2_selfreg import discovery
+
+ROOT = Path(__file__).resolve().parents[1]
+FIND = """
+import sys
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+print("FOUND", recursive_find_trainer_class_by_name(sys.argv[1]).__mro__)
+"""
+OWN = """
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+class nnUNetTrainerMine(nnUNetTrainer):
+    pass
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+class Environment:
+    """A virtual environment with nnU-Net, and the dependencies of the environment that runs the tests."""
+
+    def __init__(self, folder: Path, editable_nnunet: bool) -> None:
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+        self.python = folder / "bin" / "python"
+        self.site = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+        (self.site / "zz_dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        nnunet = folder / "checkout" if editable_nnunet else self.site
+        shutil.copytree(nnunetv2.__path__[0], nnunet / "nnunetv2", ignore=shutil.ignore_patterns("__pycache__"))
+        if editable_nnunet:
+            (self.site / "nnunet_editable.pth").write_text(f"{nnunet}\n")
+
+    def pip(self, *arguments: str) -> None:
+        pip = [sys.executable, "-m", "pip", "--python", str(self.python), "--quiet", "--no-input"]
+        subprocess.run([*pip, *arguments], check=True, capture_output=True)
+
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        clean = {key: value for key, value in os.environ.items() if key != discovery.VARIABLE}
+        # Elsewhere than in the checkout, which Python would put first on its path.
+        options = {"cwd": self.site, "env": {**clean, **environment}, "capture_output": True, "text": True}
+        return subprocess.run([str(self.python), *arguments], **options, check=False)
+
+    def find(self, trainer: str, **environment: str) -> str:
+        """What nnU-Net's look-up prints, or its error."""
+        done = self.run("-c", FIND, trainer, **environment)
+        return done.stdout + done.stderr
+
+    def variable(self, **environment: str) -> str:
+        return self.run("-c", f"import os; print(os.environ.get('{discovery.VARIABLE}'))", **environment).stdout.strip()
+
+
+@pytest.fixture(scope="module", params=["regular", "editable"])
+def environment(request, wheel, tmp_path_factory):
+    """The package installed beside a regular or an editable nnU-Net."""
+    made = Environment(tmp_path_factory.mktemp(request.param), request.param == "editable")
+    made.pip("install", "--no-deps", str(wheel))
+    return made
+
+
+def test_trainers_are_found_with_nothing_set(environment):
+    assert "SelfRegularized" in environment.find("nnUNetTrainerSelfReg_2epochs_3iters")
+    assert environment.variable() == str(environment.site / "nnunetv2_selfreg" / "trainers")
+
+
+def test_stock_trainers_are_found(environment):
+    assert "FOUND" in environment.find("nnUNetTrainerNoDeepSupervision")
+
+
+def test_variable_that_is_set_is_kept(environment, tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    both = f"{tmp_path}{os.pathsep}{environment.site / 'nnunetv2_selfreg' / 'trainers'}"
+    assert environment.variable(nnUNet_extTrainer=str(tmp_path)) == both
+    assert environment.variable(nnUNet_extTrainer=both) == both  # as in a child process
+    assert "nnUNetTrainerMine" in environment.find("nnUNetTrainerMine", nnUNet_extTrainer=str(tmp_path))
+    assert "SelfRegularized" in environment.find("nnUNetTrainerSelfReg", nnUNet_extTrainer=str(tmp_path))
+
+
+def test_trainers_command_says_that_and_how_they_are_found(environment):
+    done = environment.run("-m", "nnunetv2_selfreg.cli", "trainers")
+    assert done.returncode == 0, done.stderr
+    assert "nnUNetTrainerSelfReg " in done.stdout
+    assert str(environment.site / "nnunetv2_selfreg.pth") in done.stdout
+
+
+def test_broken_package_harms_no_stock_trainer_and_says_why(environment):
+    module = environment.site / "nnunetv2_selfreg" / "training" / "selfreg.py"
+    whole = module.read_text()
+    module.write_text("raise ImportError('torch is too old')\n")
+    try:
+        assert "FOUND" in environment.find("nnUNetTrainer")
+        assert "torch is too old" in environment.find("nnUNetTrainerSelfReg")
+        done = environment.run("-m", "nnunetv2_selfreg.cli", "trainers")
+        assert done.returncode == 1
+        assert "nnU-Net does not find nnUNetTrainerSelfReg: ImportError: torch is too old" in done.stderr
+    finally:
+        module.write_text(whole)
+
+
+def test_uninstalling_removes_it_all(wheel, tmp_path):
+    environment = Environment(tmp_path / "environment", editable_nnunet=False)
+    before = sorted(p.name for p in environment.site.iterdir())
+    environment.pip("install", "--no-deps", str(wheel))
+    assert "FOUND" in environment.find("nnUNetTrainerSelfReg")
+    environment.pip("uninstall", "--yes", "nnunetv2-selfreg")
+    assert sorted(p.name for p in environment.site.iterdir()) == before
+    assert environment.variable() == "None"
+    assert "FOUND" in environment.find("nnUNetTrainer")
+
+
+def test_line_at_start_is_silent_when_the_folder_is_gone(wheel, tmp_path):
+    environment = Environment(tmp_path / "environment", editable_nnunet=False)
+    environment.pip("install", "--no-deps", str(wheel))
+    shutil.rmtree(environment.site / "nnunetv2_selfreg")
+    done = environment.run("-c", "pass")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert environment.variable() == "None"
+
+
+def test_wheel_carries_no_tests_and_no_scripts(wheel):
+    import zipfile
+
+    top = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"nnunetv2_selfreg", "nnunetv2_selfreg.pth"}

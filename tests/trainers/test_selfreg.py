@@ -1,0 +1,6 @@
+from contract import TrainerContract
+
+
+class TestSelfReg(TrainerContract):
+    trainer = "nnUNetTrainerSelfReg"
+    terms = ("segmentation", "scr", "ifd")

@@ -1,0 +1,79 @@
+"""Two processes with gloo on the CPU drive the trainer as `-num_gpus 2` would on two GPUs."""
+
+import os
+import tempfile
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from workspace import Run
+
+EPOCHS, ITERATIONS = 1, 2
+
+
+def on_the_cpu(trainer):
+    """nnU-Net insists on CUDA in a process group; the test replaces just that."""
+    import nnunetv2.training.nnUNetTrainer.nnUNetTrainer as module
+
+    trainer.device = torch.device("cpu")
+    trainer.grad_scaler = None
+    module.DDP = lambda network, device_ids: DistributedDataParallel(network)
+    return trainer
+
+
+def train(rank: int, folder: str, run: Run) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    trainer = on_the_cpu(run.build())
+    torch.manual_seed(0)  # equal weights at the start are DDP's business, equal draws of channels nobody's
+    trainer.initialize()
+    torch.manual_seed(rank)
+    np.random.seed(rank)  # noqa: NPY002 (nnU-Net's loaders draw from it)
+    outputs = []
+    step = trainer.train_step
+    trainer.train_step = lambda batch: outputs.append(step(batch)) or outputs[-1]
+    trainer.run_training()
+    torch.save(
+        {
+            "outputs": outputs,
+            "weights": [p.detach() for p in trainer.network.parameters()],
+            "curves": trainer.logger.local_logger.my_fantastic_logging,
+            "collected": trainer.loss.taps._collected,
+        },
+        f"{folder}/rank{rank}.pth",
+    )
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(data_sets):
+    run = Run(data_sets.name("regions_ignore"), "3d_fullres", f"nnUNetTrainerSelfReg_{EPOCHS}epochs_{ITERATIONS}iters")
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("nnUNet_results", folder)
+        mp.spawn(train, args=(folder, run), nprocs=2)
+        results = [torch.load(f"{folder}/rank{rank}.pth", weights_only=False) for rank in (0, 1)]
+        files = os.listdir(run.folder)
+    return results, files
+
+
+def test_ranks_see_different_batches_and_agree_on_the_weights(ranks):
+    (first, second), _ = ranks
+    assert first["outputs"][0]["loss"] != second["outputs"][0]["loss"]
+    torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)
+
+
+def test_terms_are_means_over_all_ranks(ranks):
+    results, _ = ranks
+    for name in ("segmentation", "scr", "ifd"):
+        expected = np.mean([step[name] for result in results for step in result["outputs"]])
+        for result in results:
+            assert result["curves"][name] == [pytest.approx(expected)]
+
+
+def test_nothing_is_kept_and_one_rank_writes(ranks):
+    results, files = ranks
+    assert all(feature is None for result in results for feature in result["collected"])
+    assert sorted(f for f in files if f.endswith((".pth", ".part"))) == ["checkpoint_best.pth", "checkpoint_final.pth"]

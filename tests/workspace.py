@@ -1,0 +1,266 @@
+"""Tiny preprocessed data sets, and a training run on them through nnU-Net's Python interface or its commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import phantom
+import SimpleITK as sitk
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+
+SHAPE = (16, 24, 24)
+CASES, TEST_CASES = 6, 1
+LABELS = {"background": 0, "atrium": 1, "veins": 2}
+REGIONS = {"background": 0, "heart": [1, 2], "veins": [2]}
+VARIANTS = {
+    "labels": (901, {"labels": LABELS}),
+    "regions": (902, {"labels": REGIONS, "regions_class_order": [1, 2]}),
+    "ignore": (903, {"labels": {**LABELS, "ignore": 3}}),
+    "regions_ignore": (904, {"labels": {**REGIONS, "ignore": 3}, "regions_class_order": [1, 2]}),
+}
+CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
+
+
+class Interruption(BaseException):
+    """Stands for a kill between two epochs."""
+
+
+class DataSets:
+    """Raw and preprocessed data sets of the session: one for each way to label, in 2D, 3D and as a cascade.
+
+    Planned by nnU-Net once; then the networks are narrowed and a cascade is added, as nnU-Net's planner would for
+    larger images. nnU-Net's own preprocessor runs in this process.
+    """
+
+    @cache  # noqa: B019 (one instance a session)
+    def name(self, variant: str) -> str:
+        """The data set's name; it is made at the first call."""
+        number, content = VARIANTS[variant]
+        name = f"Dataset{number}_{variant}"
+        raw = Path(os.environ["nnUNet_raw"]) / name
+        phantom.write_dataset(raw, CASES, TEST_CASES, SHAPE, **content)
+        if "ignore" in variant:
+            for file in (raw / "labelsTr").iterdir():
+                _ignore_some_slices(file)
+        if variant == "labels":
+            _plan(number)
+        else:
+            _copy_plans(self.name("labels"), name)
+        _preprocess(raw, name)
+        return name
+
+
+def _ignore_some_slices(file: Path) -> None:
+    image = sitk.ReadImage(str(file))
+    labels = sitk.GetArrayFromImage(image)
+    labels[::3] = 3
+    ignored = sitk.GetImageFromArray(labels)
+    ignored.CopyInformation(image)
+    sitk.WriteImage(ignored, str(file))
+
+
+def _plan(number: int) -> None:
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments
+
+    with patch.dict(os.environ, nnUNet_n_proc_DA="1"):  # nnU-Net's planner cannot do with the 0 of these tests
+        extract_fingerprints([number], num_processes=1)
+        plan_experiments([number])
+    file = next(Path(os.environ["nnUNet_preprocessed"]).glob(f"Dataset{number}_*")) / "nnUNetPlans.json"
+    plans = load_json(str(file))
+    configurations = plans["configurations"]
+    for configuration in configurations.values():
+        configuration["batch_size"] = 2
+        network = configuration["architecture"]["arch_kwargs"]
+        network["features_per_stage"] = [4 * 2 ** min(i, 2) for i in range(network["n_stages"])]
+        network["n_conv_per_stage"] = [1] * network["n_stages"]
+        network["n_conv_per_stage_decoder"] = [1] * (network["n_stages"] - 1)
+    configurations["3d_lowres"] = {
+        **configurations["3d_fullres"],
+        "data_identifier": "nnUNetPlans_3d_lowres",
+        "spacing": [1.25 * s for s in configurations["3d_fullres"]["spacing"]],
+        "next_stage": "3d_cascade_fullres",
+    }
+    configurations["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    save_json(plans, str(file), sort_keys=False)
+
+
+def _copy_plans(source: str, target: str) -> None:
+    preprocessed = Path(os.environ["nnUNet_preprocessed"])
+    (preprocessed / target).mkdir()
+    shutil.copy(preprocessed / source / "dataset_fingerprint.json", preprocessed / target)
+    plans = load_json(str(preprocessed / source / "nnUNetPlans.json"))
+    save_json({**plans, "dataset_name": target}, str(preprocessed / target / "nnUNetPlans.json"), sort_keys=False)
+
+
+def _preprocess(raw: Path, name: str) -> None:
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    folder = Path(os.environ["nnUNet_preprocessed"]) / name
+    description = load_json(str(raw / "dataset.json"))
+    save_json(description, str(folder / "dataset.json"), sort_keys=False)
+    shutil.copytree(raw / "labelsTr", folder / "gt_segmentations")
+    cases = sorted(get_filenames_of_train_images_and_targets(str(raw), description))
+    splits = [{"train": cases[:-2], "val": cases[-2:]}, {"train": cases[2:], "val": cases[:2]}]
+    save_json(splits, str(folder / "splits_final.json"))
+    plans = PlansManager(str(folder / "nnUNetPlans.json"))
+    for configuration_name in CONFIGURATIONS:
+        configuration = plans.get_configuration(configuration_name)
+        output = folder / configuration.data_identifier
+        output.mkdir()
+        preprocessor = configuration.preprocessor_class(verbose=False)
+        for identifier, files in get_filenames_of_train_images_and_targets(str(raw), description).items():
+            preprocessor.run_case_save(
+                str(output / identifier), files["images"], files["label"], plans, configuration, description
+            )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trainer on one configuration and fold of a data set."""
+
+    data_set: str
+    configuration: str
+    trainer: str
+    fold: int | str = 0
+
+    @property
+    def model_folder(self) -> Path:
+        results = Path(os.environ["nnUNet_results"])
+        return results / self.data_set / f"{self.trainer}__nnUNetPlans__{self.configuration}"
+
+    @property
+    def folder(self) -> Path:
+        return self.model_folder / f"fold_{self.fold}"
+
+    @property
+    def raw(self) -> Path:
+        return Path(os.environ["nnUNet_raw"]) / self.data_set
+
+    def build(self, continue_training: bool = False):
+        """The trainer object, as nnUNetv2_train builds it."""
+        from nnunetv2.run.run_training import get_trainer_from_args
+
+        return get_trainer_from_args(
+            self.data_set,
+            self.configuration,
+            self.fold,
+            self.trainer,
+            continue_training=continue_training,
+            device=torch.device("cpu"),
+        )
+
+    def load(self, checkpoint: str = "checkpoint_final.pth") -> dict:
+        return torch.load(self.folder / checkpoint, weights_only=False)
+
+
+class InProcess:
+    """Training, resuming, validating and predicting through nnU-Net's Python interface."""
+
+    def train_and_interrupt(self, run: Run) -> None:
+        """Trains the first epoch of two and stops as if killed."""
+        trainer = run.build()
+
+        def stop_in_second_epoch():
+            if trainer.current_epoch == 1:
+                raise Interruption
+            type(trainer).on_epoch_start(trainer)
+
+        trainer.on_epoch_start = stop_in_second_epoch
+        try:
+            trainer.run_training()
+        except Interruption:
+            return
+        raise AssertionError("the second epoch was not reached")
+
+    def resume(self, run: Run) -> None:
+        """What `nnUNetv2_train … --c --npz` does."""
+        from nnunetv2.run.run_training import maybe_load_checkpoint
+
+        trainer = run.build(continue_training=True)
+        maybe_load_checkpoint(trainer, continue_training=True, validation_only=False)
+        assert trainer.current_epoch == 1
+        trainer.run_training()
+        trainer.perform_actual_validation(save_probabilities=True)
+
+    def predict(self, run: Run, images: Path, output: Path, previous_stage: Path | None = None) -> None:
+        from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+        predictor = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=False, allow_tqdm=False)
+        output.mkdir(parents=True, exist_ok=True)
+        predictor.initialize_from_trained_model_folder(str(run.model_folder), (run.fold,))
+        predictor.predict_from_files_sequential(
+            str(images),
+            str(output),
+            save_probabilities=True,
+            folder_with_segs_from_prev_stage=previous_stage and str(previous_stage),
+        )
+
+
+class Commands:
+    """The same through nnU-Net's commands; the interruption is a SIGKILL."""
+
+    def train_and_interrupt(self, run: Run) -> None:
+        process = subprocess.Popen(
+            [_program("nnUNetv2_train"), *self._model(run), "-device", "cpu"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.rstrip().endswith("Epoch 1"):
+                process.kill()
+        process.wait()
+        assert process.returncode == -9, "".join(lines[-20:])
+
+    def resume(self, run: Run) -> None:
+        command("nnUNetv2_train", *self._model(run), "-device", "cpu", "--c", "--npz")
+
+    def predict(self, run: Run, images: Path, output: Path, previous_stage: Path | None = None) -> None:
+        model = ["-d", run.data_set, "-c", run.configuration, "-f", str(run.fold), "-tr", run.trainer]
+        previous = ["-prev_stage_predictions", str(previous_stage)] if previous_stage else []
+        options = ["--disable_tta", "--save_probabilities", "-npp", "1", "-nps", "1", "-device", "cpu"]
+        command("nnUNetv2_predict", *model, "-i", str(images), "-o", str(output), *options, *previous)
+
+    @staticmethod
+    def _model(run: Run) -> list[str]:
+        return [run.data_set, run.configuration, str(run.fold), "-tr", run.trainer]
+
+
+def command(name: str, *arguments: str, **environment: str) -> str:
+    """Runs a command of this environment; returns what it printed. Fails with the end of that."""
+    done = subprocess.run(
+        [_program(name), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    assert done.returncode == 0, f"{name} {' '.join(arguments)}\n{done.stdout[-3000:]}"
+    return done.stdout
+
+
+def _program(name: str) -> str:
+    return str(Path(sys.executable).with_name(name))
+
+
+def read_labels(file: Path) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+
+
+def write_json(content: object, file: Path) -> None:
+    file.write_text(json.dumps(content), encoding="utf-8")
