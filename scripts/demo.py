@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from nnunetv2_selfreg.analysis.contours import Case, contour_figure
 
-CPU_VOXELS = 48**3  # a median image of at most so many voxels trains in a fraction of a second a step on two cores
+CPU_VOXELS = 40**3  # a median image of at most so many voxels trains in a fraction of a second a step on two cores
 HELD_OUT = 3
 EXPECTED = "expected a folder DatasetXXX_Name with dataset.json, imagesTr and labelsTr (nnU-Net's raw format)"
 
@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="a raw nnU-Net data set, .../DatasetXXX_Name; default: the phantom")
     parser.add_argument("--folder", type=Path, default=Path("demo-run"), help="everything is written below it")
     parser.add_argument("--cases", type=int, default=24, help="use at most so many cases of the data set")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=7)
     parser.add_argument("--iterations", type=int, default=50, help="training iterations an epoch")
     arguments = parser.parse_args()
     try:

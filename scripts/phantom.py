@@ -20,7 +20,7 @@ LABELS = {"background": 0, "atrium": 1, "veins": 2}
 VEIN_DIRECTIONS = np.array([[0.5, 0.9, 0.9], [0.5, 0.9, -0.9], [-0.5, 0.9, 0.9], [-0.5, 0.9, -0.9]])
 
 
-def phantom(case: int, shape: Sequence[int] = (40, 48, 48), seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def phantom(case: int, shape: Sequence[int] = (32, 40, 40), seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Image (float32) and label map (uint8) of one case, both of `shape` (z, y, x)."""
     rng = np.random.default_rng([seed, case])
     position = _positions(shape)
@@ -41,7 +41,7 @@ def write_dataset(
     folder: Path,
     train: int,
     test: int = 0,
-    shape: Sequence[int] = (40, 48, 48),
+    shape: Sequence[int] = (32, 40, 40),
     seed: int = 0,
     labels: Mapping[str, object] = LABELS,
     **dataset_json: object,
