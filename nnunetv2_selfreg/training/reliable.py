@@ -10,8 +10,8 @@ from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from torch import Tensor
 from torch import distributed as dist
 
-from nnunetv2_selfreg.analysis.progress import add_terms_panel
 from nnunetv2_selfreg.files import replacing
+from nnunetv2_selfreg.training.progress import add_terms_panel
 
 if TYPE_CHECKING:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer as _Trainer
