@@ -137,6 +137,22 @@ def test_terms_are_means_over_the_epoch(run, monkeypatch):
     assert "ifd" in text
 
 
+def test_terms_reach_every_logger_that_nnunet_logs_to(run):
+    """Weights & Biases is such a logger; this one writes to a list."""
+
+    class ListLogger(list):
+        def log(self, key, value, step):
+            self.append((key, value, step))
+
+    trainer = run.build()
+    trainer.logger.loggers.append(ListLogger())
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    trainer.on_train_epoch_end([trainer.train_step(next(trainer.dataloader_train))])
+    logged = {(key, step) for key, _, step in trainer.logger.loggers[0]}
+    assert {("segmentation", 0), ("scr", 0), ("ifd", 0), ("train_losses", 0)} <= logged
+
+
 def test_progress_picture_grows_by_the_panel_of_the_terms(run):
     from PIL import Image
 
