@@ -7,17 +7,25 @@ import sys
 from collections.abc import Sequence
 
 from nnunetv2_selfreg import __version__, discovery
+from nnunetv2_selfreg.errors import CommandError
+
+# What a subcommand needs beyond these is imported when it runs: `--help` does not wait for PyTorch.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a subcommand; returns the exit status."""
+    """Runs a subcommand; returns the exit status: 2 for a mistake that the user can mend, told in one line."""
     parser = argparse.ArgumentParser(prog="nnUNetv2_selfreg", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="<subcommand>", required=True)
     trainers = commands.add_parser("trainers", help="list the trainers and say whether nnU-Net finds them")
     trainers.set_defaults(run=lambda _: show_trainers())
+    _add_split(commands)
     parsed = parser.parse_args(arguments)
-    return parsed.run(parsed)
+    try:
+        return parsed.run(parsed)
+    except CommandError as error:
+        print("nnUNetv2_selfreg:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
 
 
 def show_trainers() -> int:
@@ -52,6 +60,44 @@ def _explain_missing(errors: dict[discovery.Trainer, str]) -> None:
         print(f"nnU-Net does not find {trainer.name}: {error}", file=sys.stderr)
     if any(discovery.searched_folder(trainer) is None for trainer in errors):
         print(f"Set this in your shell:\n    {discovery.export_line()}", file=sys.stderr)
+
+
+def _add_split(commands: argparse._SubParsersAction) -> None:
+    text = "append a fold with few labels to splits_final.json"
+    parser = commands.add_parser("split", help=text, description=text)
+    parser.add_argument("-d", required=True, metavar="DATASET", help="data set: number or name")
+    size = {"type": _count_or_fraction, "metavar": "N"}
+    parser.add_argument("--labeled", required=True, help="cases that keep their labels; 0.1 is a tenth of all", **size)
+    parser.add_argument("--val", default=0.2, help="cases that validate, likewise; default: a fifth", **size)
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffle; default: %(default)s")
+    parser.add_argument(
+        "--sorted",
+        action="store_true",
+        dest="in_order",
+        help="take the cases by name instead: the first are labelled, the last validate",
+    )
+    parser.set_defaults(run=split)
+
+
+def _count_or_fraction(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def split(options: argparse.Namespace) -> int:
+    """Appends the fold; prints its number and how to train on it."""
+    from nnunetv2_selfreg.data import splits
+
+    number, fold = splits.append_fold(options.d, options.labeled, options.val, options.seed, options.in_order)
+    sizes = "{train} labelled, {unlabeled} unlabelled, {val} for validation".format(
+        **{part: len(cases) for part, cases in fold.items()}
+    )
+    print(f"Fold {number}: {sizes}. With your configuration instead of 3d_fullres:")
+    print(f"labelled only    nnUNetv2_train {options.d} 3d_fullres {number} -tr nnUNetTrainer")
+    print(f"semi-supervised  nnUNetv2_train {options.d} 3d_fullres {number} -tr nnUNetTrainerMeanTeacher")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Unlabelled cases: preprocessing them, and folds that say which cases they are."""

@@ -1,0 +1,57 @@
+"""Where nnU-Net keeps a preprocessed data set, and which cases of it have labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+from nnunetv2_selfreg.errors import CommandError
+
+
+def preprocessed_folder(name_or_id: str) -> Path:
+    """The folder of a data set in nnUNet_preprocessed.
+
+    Args:
+        name_or_id: as given to nnU-Net's `-d`: `2` or `Dataset002_Heart`.
+
+    Raises:
+        CommandError: there is no such data set, nnUNet_preprocessed is not set, or nothing has been preprocessed.
+    """
+    try:
+        folder = Path(nnUNet_preprocessed, maybe_convert_to_dataset_name(name_or_id))
+    except (RuntimeError, ValueError) as error:
+        raise CommandError(f"-d {name_or_id}: {error}") from error
+    if not (folder / "dataset.json").is_file() or not (folder / "gt_segmentations").is_dir():
+        raise CommandError(
+            f"{folder} is no preprocessed data set. Run nnUNetv2_plan_and_preprocess for -d {name_or_id} first."
+        )
+    return folder
+
+
+def labeled_cases(folder: Path) -> list[str]:
+    """Sorted identifiers of the cases with labels, as they were preprocessed into `folder`.
+
+    Raises:
+        CommandError: there are none.
+    """
+    ending = read_json(folder / "dataset.json")["file_ending"]
+    labels = folder / "gt_segmentations"
+    cases = sorted(file.name.removesuffix(ending) for file in labels.iterdir() if file.name.endswith(ending))
+    if not cases:
+        raise CommandError(f"{labels} has no {ending} file. Run nnUNetv2_preprocess for {folder.name} again.")
+    return cases
+
+
+def read_json(file: Path, remedy: str = "Restore it, or make it again.") -> object:
+    """The content of a JSON file.
+
+    Raises:
+        CommandError: it is not JSON; `remedy` is the advice given then.
+    """
+    try:
+        return load_json(str(file))
+    except ValueError as error:  # also of text that is not UTF-8
+        raise CommandError(f"{file} is not JSON ({error}). {remedy}") from error

@@ -1,0 +1,126 @@
+"""Folds with few labels: `train` (the labelled few), `unlabeled` and `val`, beside nnU-Net's own in splits_final.json.
+
+nnU-Net reads `train` and `val` and ignores `unlabeled`, so stock nnU-Net on such a fold is the labelled-only baseline.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from batchgenerators.utilities.file_and_folder_operations import save_json
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+from nnunetv2_selfreg.data.datasets import labeled_cases, preprocessed_folder, read_json
+from nnunetv2_selfreg.errors import CommandError
+from nnunetv2_selfreg.files import replacing
+
+Fold = dict[str, list[str]]
+_NNUNETS_FOLDS = 5
+_REMEDY = "It is left as it is: restore it, or move it away, and nnU-Net's five folds are made anew."
+
+
+def append_fold(
+    dataset: str, labeled: int | float, val: int | float = 0.2, seed: int = 0, in_order: bool = False
+) -> tuple[int, Fold]:
+    """Appends a fold to the data set's splits_final.json; the folds that are there stay as they are.
+
+    Where the file does not exist yet, nnU-Net's own five folds are made first. The file is replaced in one step.
+
+    Args:
+        dataset: as given to nnU-Net's `-d`.
+        labeled: how many cases are labelled, as in `new_fold`.
+        val: how many cases validate, as in `new_fold`.
+        seed: of the shuffle.
+        in_order: in the order of their names instead of shuffled.
+
+    Returns:
+        Number and content of the new fold.
+
+    Raises:
+        CommandError: the data set is not preprocessed, a size is impossible, or the file is corrupt. Nothing is
+            written then.
+    """
+    folder = preprocessed_folder(dataset)
+    cases = labeled_cases(folder)
+    try:
+        fold = new_fold(cases, labeled, val, seed, in_order)
+    except CommandError as error:
+        raise CommandError(f"{folder.name}: {error}") from error
+    file = folder / "splits_final.json"
+    splits = read_splits(file) if file.exists() else _nnunets_folds(cases, file)
+    with replacing(file) as part:
+        save_json([*splits, fold], part)
+    return len(splits), fold
+
+
+def new_fold(
+    cases: Sequence[str], labeled: int | float, val: int | float = 0.2, seed: int = 0, in_order: bool = False
+) -> Fold:
+    """Divides cases into `train`, `unlabeled` and `val`, each sorted.
+
+    The first are labelled, the last validate, those between are unlabelled. So as `labeled` grows, the validation cases
+    stay the same and the labelled ones get company.
+
+    Args:
+        cases: identifiers, in any order.
+        labeled: how many are labelled; a float is a fraction of the cases, rounded, at least one case.
+        val: how many validate, likewise.
+        seed: of the shuffle.
+        in_order: in the order of their names instead of shuffled.
+
+    Raises:
+        CommandError: a size that the cases do not allow.
+    """
+    n_labeled = _how_many("--labeled", labeled, len(cases))
+    n_val = _how_many("--val", val, len(cases))
+    if n_labeled + n_val > len(cases):
+        raise CommandError(
+            f"--labeled {labeled} and --val {val} are {n_labeled} + {n_val} cases, but there are only {len(cases)}. "
+            "Give smaller numbers."
+        )
+    ordered = sorted(cases)
+    if not in_order:
+        random.Random(seed).shuffle(ordered)
+    first_val = len(ordered) - n_val
+    return {
+        "train": sorted(ordered[:n_labeled]),
+        "unlabeled": sorted(ordered[n_labeled:first_val]),
+        "val": sorted(ordered[first_val:]),
+    }
+
+
+def read_splits(file: Path) -> list[Fold]:
+    """The folds of a splits_final.json.
+
+    Raises:
+        CommandError: it is not a list of folds with `train` and `val`.
+    """
+    splits = read_json(file, _REMEDY)
+    if not isinstance(splits, list):
+        raise CommandError(f"{file} is not a list of folds. {_REMEDY}")
+    for number, fold in enumerate(splits):
+        if not (isinstance(fold, dict) and all(isinstance(fold.get(part), list) for part in ("train", "val"))):
+            raise CommandError(f"{file}: fold {number} has no lists 'train' and 'val'. {_REMEDY}")
+    return splits
+
+
+def _how_many(option: str, amount: int | float, cases: int) -> int:
+    if isinstance(amount, float):
+        if not 0 < amount < 1:
+            raise CommandError(f"{option} {amount} is not a fraction between 0 and 1. Give one, or a whole number.")
+        return max(1, round(amount * cases))
+    if not 1 <= amount <= cases:
+        raise CommandError(f"{option} {amount} is impossible with {cases} cases. Give a number from 1 to {cases}.")
+    return amount
+
+
+def _nnunets_folds(cases: list[str], file: Path) -> list[Fold]:
+    """What nnUNetTrainer.do_split makes of sorted cases where there is no file."""
+    if len(cases) < _NNUNETS_FOLDS:
+        raise CommandError(
+            f"{file} does not exist, and {len(cases)} cases are too few for nnU-Net's five folds. "
+            'Write the file yourself; "[]" is enough.'
+        )
+    return generate_crossval_split(cases, seed=12345, n_splits=_NNUNETS_FOLDS)

@@ -1,0 +1,191 @@
+"""`nnUNetv2_selfreg split`."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from workspace import Run, write_json
+
+from nnunetv2_selfreg import cli
+from nnunetv2_selfreg.data.splits import new_fold
+from nnunetv2_selfreg.errors import CommandError
+
+CASES = [f"case_{i:02d}" for i in range(20)]
+
+
+@st.composite
+def sizes(draw):
+    cases = draw(st.lists(st.text(min_size=1), min_size=2, max_size=40, unique=True))
+    labeled = draw(st.integers(1, len(cases) - 1))
+    return cases, labeled, draw(st.integers(1, len(cases) - labeled))
+
+
+@given(sizes(), st.integers(), st.booleans())
+def test_fold_divides_all_cases_in_the_sizes_asked_for(sizes, seed, in_order):
+    cases, labeled, val = sizes
+    fold = new_fold(cases, labeled, val, seed, in_order)
+    assert (len(fold["train"]), len(fold["val"])) == (labeled, val)
+    assert sorted(fold["train"] + fold["unlabeled"] + fold["val"]) == sorted(cases)  # complete, so disjoint
+    assert all(part == sorted(part) for part in fold.values())
+    assert fold == new_fold(cases[::-1], labeled, val, seed, in_order)
+
+
+@given(st.integers(1, 15), st.integers(1, 15), st.integers())
+def test_folds_of_a_seed_differ_in_the_number_of_labels_only(one, other, seed):
+    few, many = (new_fold(CASES, labeled, 5, seed) for labeled in sorted((one, other)))
+    assert few["val"] == many["val"]
+    assert set(few["train"]) <= set(many["train"])
+
+
+def test_seeds_differ():
+    assert new_fold(CASES, 8, seed=0) != new_fold(CASES, 8, seed=1)
+
+
+def test_in_order_the_first_are_labelled_and_the_last_validate():
+    fold = new_fold(CASES[::-1], 8, 4, in_order=True)
+    assert fold == {"train": CASES[:8], "unlabeled": CASES[8:16], "val": CASES[16:]}
+
+
+@pytest.mark.parametrize(("labeled", "number"), [(0.1, 2), (0.01, 1), (0.5, 10), (16, 16)])
+def test_fraction_is_rounded_to_at_least_one_case_and_a_fifth_validates(labeled, number):
+    fold = new_fold(CASES, labeled)
+    assert (len(fold["train"]), len(fold["val"])) == (number, 4)
+
+
+@pytest.mark.parametrize("size", [0, -1, 21, 0.0, 1.0, -0.5, 1.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("option", ["labeled", "val"])
+def test_impossible_size(option, size):
+    with pytest.raises(CommandError, match=rf"^--{option} {size} is .* Give"):
+        new_fold(CASES, **{"labeled": 1, "val": 1, option: size})
+
+
+def test_more_labelled_and_validating_than_there_are():
+    with pytest.raises(CommandError, match=r"--labeled 17 and --val 0\.2 are 17 \+ 4 cases, .* only 20"):
+        new_fold(CASES, 17)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A data set of six cases as far as `split` looks: descriptions and labels, no splits yet."""
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    folder = tmp_path / "Dataset005_Few"
+    (folder / "gt_segmentations").mkdir(parents=True)
+    write_json({"file_ending": ".nii.gz"}, folder / "dataset.json")
+    for case in CASES[:6]:
+        (folder / "gt_segmentations" / f"{case}.nii.gz").touch()
+    return folder
+
+
+def read(folder: Path) -> list:
+    return json.loads((folder / "splits_final.json").read_text())
+
+
+def test_fold_is_appended_and_the_lines_to_train_are_printed(folder, capsys):
+    own = [{"train": ["b", "a"], "val": ["c"], "remark": "kept"}, {"train": [], "val": []}]
+    write_json(own, folder / "splits_final.json")
+    assert cli.main(["split", "-d", "5", "--labeled", "2", "--val", "1", "--sorted"]) == 0
+    assert read(folder) == [*own, {"train": CASES[:2], "unlabeled": CASES[2:5], "val": CASES[5:6]}]
+    printed = capsys.readouterr().out
+    assert printed.startswith("Fold 2: 2 labelled, 3 unlabelled, 1 for validation")
+    for trainer in ("nnUNetTrainer", "nnUNetTrainerMeanTeacher"):
+        assert f"nnUNetv2_train 5 3d_fullres 2 -tr {trainer}\n" in printed
+    assert cli.main(["split", "-d", folder.name, "--labeled", "0.5", "--seed", "3"]) == 0
+    assert read(folder)[:2] == own
+    assert read(folder)[3] == new_fold(CASES[:6], 3, 1, seed=3)
+    assert sorted(os.listdir(folder)) == ["dataset.json", "gt_segmentations", "splits_final.json"]
+
+
+def test_first_come_the_five_folds_that_nnunet_makes(data_sets, tmp_path, monkeypatch):
+    name = data_sets.name("labels")
+    shutil.copytree(Path(os.environ["nnUNet_preprocessed"]) / name, tmp_path / name)
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    file = tmp_path / name / "splits_final.json"
+    file.unlink()
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    Run(name, "2d", "nnUNetTrainer").build().do_split()
+    nnunets = file.read_bytes()
+    file.unlink()
+    assert cli.main(["split", "-d", name, "--labeled", "2"]) == 0
+    folds = read(tmp_path / name)
+    assert folds[:5] == json.loads(nnunets)
+    assert Run(name, "2d", "nnUNetTrainer", 5).build().do_split() == (folds[5]["train"], folds[5]["val"])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("[{", "is not JSON"),
+        ("", "is not JSON"),
+        ("\udcff", "is not JSON"),
+        ("{}", "is not a list of folds"),
+        ("null", "is not a list of folds"),
+        ('[{"train": [], "val": []}, {"train": []}]', "fold 1 has no lists 'train' and 'val'"),
+        ('["train", "val"]', "fold 0 has no lists"),
+    ],
+)
+def test_corrupt_file_is_left_as_it_is(folder, capsys, content, reason):
+    file = folder / "splits_final.json"
+    file.write_bytes(content.encode(errors="surrogateescape"))
+    before = file.read_bytes()
+    error = error_of(capsys, "split", "-d", "5", "--labeled", "2")
+    assert str(file) in error
+    assert reason in error
+    assert "restore it" in error
+    assert file.read_bytes() == before
+    assert "splits_final.json.part" not in os.listdir(folder)
+
+
+@pytest.mark.parametrize("labeled", ["0", "-1", "7", "6", "-0.5", "1.0"])
+def test_impossible_size_writes_nothing(folder, capsys, labeled):
+    error = error_of(capsys, "split", "-d", "5", "--labeled", labeled)
+    assert f"Dataset005_Few: --labeled {labeled} " in error
+    assert not (folder / "splits_final.json").exists()
+
+
+def test_size_that_is_no_number(folder, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["split", "-d", "5", "--labeled", "some"])
+    assert "--labeled" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dataset", ["6", "Dataset006_Missing", "Few"])
+def test_unknown_data_set(folder, capsys, dataset):
+    assert dataset in error_of(capsys, "split", "-d", dataset, "--labeled", "2")
+
+
+@pytest.mark.parametrize("missing", ["dataset.json", "gt_segmentations"])
+def test_data_set_that_is_not_preprocessed(folder, capsys, missing):
+    (folder / missing).rename(folder / "elsewhere")
+    error = error_of(capsys, "split", "-d", "5", "--labeled", "2")
+    assert str(folder) in error
+    assert "nnUNetv2_plan_and_preprocess" in error
+
+
+def test_data_set_without_labels(folder, capsys):
+    shutil.rmtree(folder / "gt_segmentations")
+    (folder / "gt_segmentations").mkdir()
+    assert "has no .nii.gz file" in error_of(capsys, "split", "-d", "5", "--labeled", "2")
+
+
+def test_too_few_cases_for_the_five_folds(folder, capsys):
+    for case in CASES[:2]:
+        (folder / "gt_segmentations" / f"{case}.nii.gz").unlink()
+    assert "4 cases are too few for nnU-Net's five folds" in error_of(capsys, "split", "-d", "5", "--labeled", "1")
+
+
+def test_folder_variable_that_is_not_set(capsys, monkeypatch):
+    monkeypatch.delenv("nnUNet_preprocessed")
+    assert "nnUNet_preprocessed" in error_of(capsys, "split", "-d", "Dataset005_Few", "--labeled", "2")
+
+
+def error_of(capsys, *arguments: str) -> str:
+    """What a command says that ends with status 2: a line."""
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    return printed.err
