@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from nnunetv2_selfreg import __version__, discovery
 from nnunetv2_selfreg.errors import CommandError
@@ -19,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="<subcommand>", required=True)
     trainers = commands.add_parser("trainers", help="list the trainers and say whether nnU-Net finds them")
     trainers.set_defaults(run=lambda _: show_trainers())
+    _add_preprocess_unlabeled(commands)
     _add_split(commands)
     parsed = parser.parse_args(arguments)
     try:
@@ -60,6 +62,32 @@ def _explain_missing(errors: dict[discovery.Trainer, str]) -> None:
         print(f"nnU-Net does not find {trainer.name}: {error}", file=sys.stderr)
     if any(discovery.searched_folder(trainer) is None for trainer in errors):
         print(f"Set this in your shell:\n    {discovery.export_line()}", file=sys.stderr)
+
+
+def _add_preprocess_unlabeled(commands: argparse._SubParsersAction) -> None:
+    text = "preprocess images without labels; what is done already is skipped"
+    parser = commands.add_parser("preprocess_unlabeled", help=text, description=text)
+    parser.add_argument("-d", required=True, metavar="DATASET", help="data set: number or name")
+    parser.add_argument("-c", required=True, nargs="+", metavar="CONFIGURATION", help="as in -c 2d 3d_fullres")
+    parser.add_argument("-i", type=Path, metavar="FOLDER", help="the images; default: imagesUn of the raw data set")
+    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="default: %(default)s")
+    parser.add_argument(
+        "-np", type=int, metavar="N", help="processes; default: nnUNet_def_n_proc or 8, no more than there are cores"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="make cases again that are there")
+    parser.set_defaults(run=preprocess_unlabeled)
+
+
+def preprocess_unlabeled(options: argparse.Namespace) -> int:
+    """Preprocesses the images and prints how many there are now. Status 1 if it had to leave some out."""
+    from nnunetv2_selfreg.data import preprocessing
+
+    outcome = preprocessing.preprocess_unlabeled(
+        options.d, options.c, options.i, options.p, options.np, options.overwrite
+    )
+    print(f"{outcome.done} cases preprocessed, {outcome.done_before} were there, {len(outcome.rejected)} rejected:")
+    print(*outcome.folders, sep="\n")
+    return 1 if outcome.rejected else 0
 
 
 def _add_split(commands: argparse._SubParsersAction) -> None:

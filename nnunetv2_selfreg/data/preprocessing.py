@@ -1,0 +1,307 @@
+"""Preprocesses images without labels, with the preprocessor that the plans name, into a folder of their own.
+
+nnU-Net takes whatever lies in `<data_identifier>/` for labelled, so these cases go to `<data_identifier>_unlabeled/`:
+the image as `<identifier>.b2nd`, its properties as `<identifier>.pkl`, and no segmentation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import multiprocessing
+import os
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import blosc2
+import nibabel
+import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import write_pickle
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.paths import nnUNet_raw
+from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from tqdm import tqdm
+
+from nnunetv2_selfreg.data.datasets import labeled_cases, preprocessed_folder, read_json
+from nnunetv2_selfreg.errors import CommandError
+from nnunetv2_selfreg.files import replacing
+
+_CHANNEL = re.compile(r"(?P<identifier>.+)_\d{4}")
+
+
+class BadImageError(Exception):
+    """Why a case cannot be used."""
+
+
+@dataclass
+class Outcome:
+    """What became of the cases."""
+
+    folders: list[Path]
+    done: int = 0
+    done_before: int = 0
+    rejected: dict[str, str] = field(default_factory=dict)
+    """Reasons by identifier."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a worker process needs: plans, dataset.json, and the configuration of each folder to write to."""
+
+    plans: PlansManager
+    dataset_json: dict
+    configurations: dict[Path, ConfigurationManager]
+
+    @property
+    def channels(self) -> list[str]:
+        return list(self.dataset_json["channel_names"].values())
+
+    @property
+    def is_2d(self) -> bool:
+        return self.plans.plans["original_median_shape_after_transp"][0] == 1
+
+    def missing(self, identifier: str) -> list[Path]:
+        """The folders that do not have the whole case: its .pkl file is the last to appear."""
+        return [
+            folder
+            for folder in self.configurations
+            if not all((folder / f"{identifier}{ending}").is_file() for ending in (".b2nd", ".pkl"))
+        ]
+
+    def run(self, identifier: str, files: Sequence[Path], folders: Sequence[Path]) -> str | None:
+        """Checks a case, preprocesses it and stores it in `folders`; returns None, or why that was not possible."""
+        try:
+            data, properties = self.read([str(file) for file in files])
+            for folder in folders:
+                configuration = self.configurations[folder]
+                image, _, stored = configuration.preprocessor_class(verbose=False).run_case_npy(
+                    data, None, copy.deepcopy(properties), self.plans, configuration, self.dataset_json
+                )
+                store(image, stored, folder, identifier, configuration.patch_size)
+        except BadImageError as reason:
+            return str(reason)
+        except Exception as error:  # whatever is wrong with a case, the others go on
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def read(self, files: Sequence[str]) -> tuple[np.ndarray, dict]:
+        """The image (channels first) and its properties, read by nnU-Net's reader and checked.
+
+        Raises:
+            BadImageError: a file cannot be read, or the image does not fit the data set or is not finite.
+        """
+        for file in files:
+            check_nifti(file)
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(printed):  # some readers print the reason and raise an empty error
+                data, properties = self.plans.image_reader_writer_class().read_images(files)
+        except Exception as error:
+            raise BadImageError(f"cannot be read: {str(error) or printed.getvalue()}") from error
+        check_image(data, self.channels, self.is_2d)
+        return data, properties
+
+
+def preprocess_unlabeled(
+    dataset: str,
+    configurations: Sequence[str],
+    images: Path | None = None,
+    plans_name: str = "nnUNetPlans",
+    processes: int | None = None,
+    overwrite: bool = False,
+) -> Outcome:
+    """Preprocesses a folder of images without labels; cases that are there already are skipped.
+
+    Cases that cannot be used are reported on stderr by name as they turn up; the others are still processed.
+
+    Args:
+        dataset: as given to nnU-Net's `-d`.
+        configurations: for which to preprocess.
+        images: folder with `<identifier>_<channel>` files; nnUNet_raw's `imagesUn` of the data set if None.
+        plans_name: as given to nnU-Net's `-p`.
+        processes: how many work at once; nnU-Net's own default number if None, but no more than there are cores.
+        overwrite: whether cases that are there are made again.
+
+    Raises:
+        CommandError: data set, plans or configuration are unknown or not preprocessed, there is no usable image, or a
+            worker process died.
+    """
+    folder = preprocessed_folder(dataset)
+    labeled = set(labeled_cases(folder))
+    job = prepare(folder, configurations, plans_name)
+    ending = job.dataset_json["file_ending"]
+    cases = list_cases(_images_folder(folder.name, images), ending)
+    processes = min(default_num_processes, os.cpu_count() or 1) if processes is None else processes
+    if processes < 1:
+        raise CommandError(f"-np {processes} is no number of processes. Give 1 or more.")
+    outcome = Outcome(list(job.configurations))
+    tasks = {}
+    for identifier, files in cases.items():
+        reason = why_misnamed(identifier, files, ending, labeled)
+        missing = outcome.folders if overwrite else job.missing(identifier)
+        if reason is not None:
+            _reject(outcome, identifier, reason)
+        elif missing:
+            tasks[identifier] = (files, missing)
+        else:
+            outcome.done_before += 1
+    if tasks:
+        run_all(job, tasks, min(processes, len(tasks)), outcome)
+    if not outcome.done + outcome.done_before:
+        raise CommandError("No image is usable; the reasons are above.")
+    return outcome
+
+
+def list_cases(folder: Path, ending: str) -> dict[str, list[Path]]:
+    """The files of each case by identifier; a file without a channel number stands under its whole name.
+
+    Raises:
+        CommandError: there are none.
+    """
+    cases = defaultdict(list)
+    for file in sorted(folder.iterdir()):
+        if file.name.endswith(ending):
+            match = _CHANNEL.fullmatch(file.name.removesuffix(ending))
+            cases[match["identifier"] if match else file.name].append(file)
+    if not cases:
+        raise CommandError(f"{folder} has no images that end in {ending}, as dataset.json says. Put them there.")
+    return dict(cases)
+
+
+def why_misnamed(identifier: str, files: Sequence[Path], ending: str, labeled: set[str]) -> str | None:
+    """None if the names of a case's files are right, otherwise what is wrong with them."""
+    if files[0].name == identifier:
+        return f"the name has no channel number; expected {identifier.removesuffix(ending)}_0000{ending}"
+    names = [file.name for file in files]
+    for channel in range(len(files)):
+        expected = f"{identifier}_{channel:04d}{ending}"
+        if expected not in names:
+            return f"channel {channel} is missing ({expected})"
+    if identifier in labeled:
+        return "a labelled case of the data set has this identifier; remove the image or rename it"
+    return None
+
+
+def check_image(data: np.ndarray, channels: Sequence[str], is_2d: bool) -> None:
+    """Checks an image as nnU-Net reads it, channels first and a 2D one as a single slice, against its data set.
+
+    Raises:
+        BadImageError: other channels or another dimension than the data set has, or values that are not finite.
+    """
+    if len(data) != len(channels):
+        raise BadImageError(f"{len(data)} of {len(channels)} channels ({', '.join(channels)}) are there")
+    if (data.shape[1] == 1) != is_2d:
+        raise BadImageError(f"the data set is {2 if is_2d else 3}D, the image is not: its shape is {data.shape[1:]}")
+    _check_finite(data)
+
+
+def check_nifti(file: str) -> None:
+    """Reads a NIfTI file strictly; other files pass.
+
+    SimpleITK says nothing of a truncated file, whose last voxels it makes up, and reads NaN as 0.
+
+    Raises:
+        BadImageError: the file is damaged, or has values that are not finite.
+    """
+    if not file.endswith((".nii", ".nii.gz")):
+        return
+    try:
+        data = nibabel.load(file).dataobj.get_unscaled()
+    except Exception as error:  # of nibabel, of the decompression, of the file system
+        raise BadImageError(f"{Path(file).name} is damaged: {error}") from error
+    _check_finite(data)
+
+
+def _check_finite(data: np.ndarray) -> None:
+    not_finite = data.size - np.count_nonzero(np.isfinite(data))
+    if not_finite:
+        raise BadImageError(f"{not_finite} values are NaN or infinite")
+
+
+def store(image: np.ndarray, properties: dict, folder: Path, identifier: str, patch_size: Sequence[int]) -> None:
+    """Writes a preprocessed case as nnU-Net does, without a segmentation; after a kill it is whole or `missing`."""
+    image = np.ascontiguousarray(image, dtype=np.float32)
+    blocks, chunks = comp_blosc2_params(image.shape, tuple(patch_size), image.itemsize)
+    compression = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
+    folder.mkdir(exist_ok=True)
+    pkl = folder / f"{identifier}.pkl"
+    pkl.unlink(missing_ok=True)  # or an old one would vouch for the new image
+    with replacing(folder / f"{identifier}.b2nd") as part:
+        blosc2.asarray(image, urlpath=part, mode="w", chunks=chunks, blocks=blocks, cparams=compression)
+    with replacing(pkl) as part:
+        write_pickle(properties, part)
+
+
+def prepare(folder: Path, configurations: Sequence[str], plans_name: str) -> Preprocessing:
+    """The job for a preprocessed data set.
+
+    Raises:
+        CommandError: plans or a configuration are unknown, or were never preprocessed.
+    """
+    file = folder / f"{plans_name}.json"
+    if not file.is_file():
+        raise CommandError(
+            f"{file} does not exist. Give -p the name of plans in this folder, or run nnU-Net's planning."
+        )
+    plans = PlansManager(read_json(file))
+    outputs = {}
+    for name in configurations:
+        if name not in plans.available_configurations:
+            raise CommandError(f"-c {name}: {file} has {', '.join(plans.available_configurations)}. Give one of these.")
+        configuration = plans.get_configuration(name)
+        labeled = folder / configuration.data_identifier
+        if not labeled.is_dir():
+            raise CommandError(
+                f"{labeled} does not exist: -c {name} was never preprocessed. Run nnUNetv2_preprocess for it first."
+            )
+        outputs[labeled.with_name(f"{labeled.name}_unlabeled")] = configuration
+    return Preprocessing(plans, read_json(folder / "dataset.json"), outputs)
+
+
+def _images_folder(dataset_name: str, images: Path | None) -> Path:
+    if images is None:
+        if not nnUNet_raw.is_set():
+            raise CommandError("nnUNet_raw is not set. Set it, or give the folder of the images with -i.")
+        images = Path(nnUNet_raw, dataset_name, "imagesUn")
+    if not images.is_dir():
+        raise CommandError(f"{images} does not exist. Put the images there, or give their folder with -i.")
+    return images
+
+
+def run_all(
+    job: Preprocessing, tasks: Mapping[str, tuple[list[Path], list[Path]]], processes: int, outcome: Outcome
+) -> None:
+    """Runs the tasks (files and folders by identifier) in worker processes; `outcome` takes what became of them.
+
+    Raises:
+        CommandError: a worker process died.
+    """
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        running = {pool.submit(job.run, identifier, *task): identifier for identifier, task in tasks.items()}
+        for future in tqdm(as_completed(running), desc="Preprocessing", total=len(tasks), unit="case"):
+            reason = future.result()
+            if reason is None:
+                outcome.done += 1
+            else:
+                _reject(outcome, running[future], reason)
+    except BrokenProcessPool as error:
+        raise CommandError(
+            f"A worker process died, as happens when memory runs out; {outcome.done} of {len(tasks)} cases are done. "
+            "Run the command again, with a smaller -np, for the others."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for what has not begun
+
+
+def _reject(outcome: Outcome, identifier: str, reason: str) -> None:
+    outcome.rejected[identifier] = reason = " ".join(reason.split())
+    tqdm.write(f"{identifier}: {reason}", file=sys.stderr)

@@ -1,0 +1,292 @@
+"""`nnUNetv2_selfreg preprocess_unlabeled`."""
+
+import gzip
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import phantom
+import pytest
+import SimpleITK as sitk
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from workspace import SHAPE
+
+from nnunetv2_selfreg import cli
+from nnunetv2_selfreg.data import preprocessing
+from nnunetv2_selfreg.errors import CommandError
+
+GOOD = ("new_000", "new_001")
+BAD = {
+    "truncated": "truncated_0000.nii.gz is damaged: ",
+    "text": "text_0000.nii.gz is damaged: ",
+    "no_image": "no_image_0000.nii.gz is damaged: ",
+    "not_finite": "2 values are NaN or infinite",
+    "flat": "the data set is 3D, the image is not",
+    "unnumbered.nii.gz": "expected unnumbered_0000.nii.gz",
+    "late": "channel 0 is missing (late_0000.nii.gz)",
+    "gap": "channel 1 is missing (gap_0001.nii.gz)",
+    "pair": "2 of 1 channels (MRI) are there",
+    "unequal": "same shape",
+    "phantom_000": "a labelled case of the data set has this identifier",
+}
+"""What is wrong with each bad case of `write_bad`."""
+
+
+def write(file: Path, image: np.ndarray) -> None:
+    sitk.WriteImage(sitk.GetImageFromArray(image), str(file), useCompression=True)
+
+
+def write_good(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for number, case in enumerate(GOOD):
+        image, _ = phantom.phantom(50 + number, SHAPE)
+        write(folder / f"{case}_0000.nii.gz", image)
+
+
+def write_bad(folder: Path) -> None:
+    image, _ = phantom.phantom(60, SHAPE)
+    whole = folder / "phantom_000_0000.nii.gz"
+    write(whole, image)
+    for name in ("unnumbered", "late_0001", "gap_0000", "gap_0002", "pair_0000", "pair_0001", "unequal_0000"):
+        shutil.copy(whole, folder / f"{name}.nii.gz")
+    write(folder / "unequal_0001.nii.gz", image[1:])
+    write(folder / "flat_0000.nii.gz", image[:1])
+    (folder / "truncated_0000.nii.gz").write_bytes(whole.read_bytes()[:-5000])
+    (folder / "text_0000.nii.gz").write_text("not an image")
+    (folder / "no_image_0000.nii.gz").write_bytes(gzip.compress(b"no image"))
+    image[0, 0, :2] = np.nan, np.inf
+    write(folder / "not_finite_0000.nii.gz", image)
+
+
+@pytest.fixture
+def workspace(data_sets, tmp_path, monkeypatch):
+    """A copy of a preprocessed data set, and two images without labels in its raw folder."""
+    name = data_sets.name("labels")
+    shutil.copytree(Path(os.environ["nnUNet_preprocessed"]) / name, tmp_path / "preprocessed" / name)
+    write_good(tmp_path / "raw" / name / "imagesUn")
+    for folder in ("raw", "preprocessed"):
+        monkeypatch.setenv(f"nnUNet_{folder}", str(tmp_path / folder))
+    return Workspace(tmp_path, name)
+
+
+class Workspace:
+    """Where things are."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.name = name
+        self.images = root / "raw" / name / "imagesUn"
+        self.preprocessed = root / "preprocessed" / name
+
+    def folder(self, configuration: str) -> Path:
+        return self.preprocessed / f"nnUNetPlans_{configuration}_unlabeled"
+
+    def run(self, *options: str, configurations: tuple[str, ...] = ("2d",)) -> int:
+        return cli.main(["preprocess_unlabeled", "-d", self.name, "-c", *configurations, *options])
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """A thread instead of processes, which take seconds to start."""
+    monkeypatch.setattr(preprocessing, "ProcessPoolExecutor", lambda number, mp_context: ThreadPoolExecutor(1))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+FILES = sorted(f"{case}.{ending}" for case in GOOD for ending in ("b2nd", "pkl"))
+
+
+def test_images_as_nnunet_preprocesses_them_in_two_processes(workspace, capsys):
+    assert workspace.run("-np", "2", configurations=("2d", "3d_fullres", "3d_cascade_fullres")) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("2 cases preprocessed, 0 were there, 0 rejected")
+    assert "2/2" in printed.err  # the progress bar
+    plans = PlansManager(str(workspace.preprocessed / "nnUNetPlans.json"))
+    for name in ("2d", "3d_fullres"):
+        assert names(workspace.folder(name)) == FILES
+        assert str(workspace.folder(name)) in printed.out
+        configuration = plans.get_configuration(name)
+        for case in GOOD:
+            expected, _, properties = configuration.preprocessor_class(verbose=False).run_case(
+                [str(workspace.images / f"{case}_0000.nii.gz")],
+                None,
+                plans,
+                configuration,
+                str(workspace.preprocessed / "dataset.json"),
+            )
+            stored = blosc2.open(str(workspace.folder(name) / f"{case}.b2nd"), mode="r")
+            assert stored.dtype == np.float32
+            np.testing.assert_array_equal(stored[:], expected)
+            assert (stored.blocks, stored.chunks) == comp_blosc2_params(expected.shape, configuration.patch_size, 4)
+            assert load_pickle(str(workspace.folder(name) / f"{case}.pkl")) == properties
+
+
+def test_bad_cases_are_reported_and_the_good_ones_processed(workspace, capsys):
+    write_bad(workspace.images)
+    assert workspace.run("-np", "1") == 1
+    printed = capsys.readouterr()
+    assert f"2 cases preprocessed, 0 were there, {len(BAD)} rejected" in printed.out
+    for case, reason in BAD.items():
+        (line,) = (line for line in printed.err.splitlines() if line.startswith(f"{case}: "))
+        assert reason in line
+    assert names(workspace.folder("2d")) == FILES
+
+
+def test_done_cases_are_skipped_and_interrupted_ones_done_again(workspace, in_process, capsys):
+    assert workspace.run() == 0
+    folder = workspace.folder("2d")
+    whole = {name: (folder / name).stat().st_mtime_ns for name in names(folder)}
+    assert workspace.run() == 0
+    assert "0 cases preprocessed, 2 were there" in capsys.readouterr().out
+    assert {name: (folder / name).stat().st_mtime_ns for name in names(folder)} == whole
+    content = (folder / "new_001.b2nd").read_bytes()
+    (folder / "new_001.pkl").rename(folder / "new_001.pkl.part")
+    (folder / "new_001.b2nd").write_bytes(b"")
+    (folder / "new_001.b2nd.part").write_bytes(content[:100])
+    assert workspace.run() == 0
+    assert "1 cases preprocessed, 1 were there" in capsys.readouterr().out
+    assert (folder / "new_001.b2nd").read_bytes() == content
+    assert names(folder) == FILES
+    assert (folder / "new_000.b2nd").stat().st_mtime_ns == whole["new_000.b2nd"]
+
+
+def test_overwrite_makes_all_again(workspace, in_process, capsys):
+    assert workspace.run() == 0
+    (workspace.images / "new_000_0000.nii.gz").replace(workspace.images / "new_001_0000.nii.gz")
+    before = blosc2.open(str(workspace.folder("2d") / "new_001.b2nd"), mode="r")[:]
+    assert workspace.run("--overwrite") == 0
+    assert "1 cases preprocessed, 0 were there" in capsys.readouterr().out
+    after = blosc2.open(str(workspace.folder("2d") / "new_001.b2nd"), mode="r")[:]
+    assert not np.array_equal(before, after)
+
+
+def test_only_the_missing_configuration_is_made(workspace, in_process):
+    assert workspace.run() == 0
+    before = (workspace.folder("2d") / "new_000.b2nd").stat().st_mtime_ns
+    assert workspace.run(configurations=("2d", "3d_lowres")) == 0
+    assert names(workspace.folder("3d_lowres")) == FILES
+    assert (workspace.folder("2d") / "new_000.b2nd").stat().st_mtime_ns == before
+
+
+def test_kill_between_the_files_leaves_no_old_properties(workspace, in_process, monkeypatch):
+    assert workspace.run() == 0
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preprocessing, "write_pickle", kill)
+    with pytest.raises(KeyboardInterrupt):
+        workspace.run("--overwrite")
+    assert "new_000.pkl" not in names(workspace.folder("2d"))
+
+
+def test_folder_of_images_elsewhere(workspace, in_process, tmp_path):
+    shutil.move(workspace.images, tmp_path / "elsewhere")
+    assert workspace.run("-i", str(tmp_path / "elsewhere")) == 0
+    assert names(workspace.folder("2d")) == FILES
+
+
+class _Exit:
+    """Ends the process that unpickles it, as the kernel does when memory runs out."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_worker_that_dies_ends_the_command(workspace):
+    job = preprocessing.prepare(workspace.preprocessed, ["2d"], "nnUNetPlans")
+    with pytest.raises(CommandError, match="worker process died"):
+        preprocessing.run_all(job, {case: ([_Exit()], []) for case in GOOD}, 1, preprocessing.Outcome([]))
+
+
+def test_error_of_the_preprocessor_is_the_reason(workspace, in_process, monkeypatch, capsys):
+    def fail(*_):
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(preprocessing, "store", fail)
+    assert workspace.run() == 2
+    assert "new_000: MemoryError: too large" in capsys.readouterr().err
+
+
+def test_no_usable_image(workspace, capsys):
+    for case in GOOD:
+        (workspace.images / f"{case}_0000.nii.gz").rename(workspace.images / f"{case}.nii.gz")
+    assert workspace.run() == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[0].startswith("new_000.nii.gz: the name has no channel number")
+    assert "No image is usable" in printed[-1]
+    assert not workspace.folder("2d").exists()
+
+
+def test_values_of_other_formats_are_checked_too():
+    with pytest.raises(preprocessing.BadImageError, match="1 values are NaN"):
+        preprocessing.check_image(np.array([[[[1, np.inf]]]]), ["T1"], True)
+
+
+@pytest.mark.parametrize(("shape", "is_2d"), [((2, 1, 8, 8), True), ((2, 8, 8, 8), False)])
+def test_image_that_fits_its_data_set(shape, is_2d):
+    preprocessing.check_image(np.zeros(shape), ["T1", "T2"], is_2d)
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_2d", "reason"),
+    [
+        ((1, 8, 8, 8), False, r"1 of 2 channels \(T1, T2\)"),
+        ((2, 8, 8, 8), True, "the data set is 2D"),
+        ((2, 1, 8, 8), False, "the data set is 3D"),
+    ],
+)
+def test_image_that_does_not_fit_its_data_set(shape, is_2d, reason):
+    with pytest.raises(preprocessing.BadImageError, match=reason):
+        preprocessing.check_image(np.zeros(shape), ["T1", "T2"], is_2d)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["-p", "MyPlans"], "MyPlans.json does not exist. Give -p"),
+        (["-c", "4d"], "-c 4d: "),
+        (["-c", "2d", "3d_fullres"], "nnUNetPlans_3d_fullres does not exist: -c 3d_fullres was never preprocessed"),
+        (["-d", "Dataset900_Missing"], "Dataset900_Missing is no preprocessed data set"),
+        (["-d", "900"], "-d 900: Could not find"),
+        (["-i", "/missing"], "/missing does not exist"),
+        (["-np", "0"], "-np 0"),
+        (["-np", "-1"], "-np -1"),
+    ],
+)
+def test_wrong_argument_is_one_line_and_writes_nothing(workspace, capsys, options, reason):
+    shutil.rmtree(workspace.preprocessed / "nnUNetPlans_3d_fullres")
+    assert_error(capsys, workspace.run(*options), reason)
+    assert not list(workspace.preprocessed.glob("*_unlabeled"))
+
+
+def test_folder_without_images(workspace, capsys):
+    shutil.rmtree(workspace.images)
+    assert_error(capsys, workspace.run(), f"{workspace.images} does not exist")
+    workspace.images.mkdir()
+    (workspace.images / "new_0000.mha").touch()
+    assert_error(capsys, workspace.run(), f"{workspace.images} has no images that end in .nii.gz")
+
+
+def test_raw_folder_that_is_not_set(workspace, capsys, monkeypatch):
+    monkeypatch.delenv("nnUNet_raw")
+    assert_error(capsys, workspace.run(), "nnUNet_raw is not set")
+
+
+def test_plans_that_are_not_json(workspace, capsys):
+    (workspace.preprocessed / "nnUNetPlans.json").write_text("{")
+    assert_error(capsys, workspace.run(), "nnUNetPlans.json is not JSON")
+
+
+def assert_error(capsys, status: int, reason: str) -> None:
+    printed = capsys.readouterr()
+    assert status == 2
+    assert reason in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
