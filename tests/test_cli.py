@@ -1,5 +1,8 @@
 """`nnUNetv2_selfreg` from a checkout."""
 
+import subprocess
+import sys
+
 import pytest
 
 from nnunetv2_selfreg import __version__, cli, discovery
@@ -48,3 +51,15 @@ def test_version(capsys):
 def test_subcommand_is_required():
     with pytest.raises(SystemExit):
         cli.main([])
+
+
+def test_help_does_not_wait_for_pytorch():
+    imports = "import sys, nnunetv2_selfreg.cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    subprocess.run([sys.executable, "-c", imports], check=True)
+
+
+@pytest.mark.parametrize("subcommand", ["preprocess_unlabeled", "split", "trainers"])
+def test_each_subcommand_explains_itself(subcommand, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([subcommand, "--help"])
+    assert f"usage: nnUNetv2_selfreg {subcommand}" in capsys.readouterr().out

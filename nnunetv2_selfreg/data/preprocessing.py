@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import re
 import sys
+import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -284,7 +285,7 @@ def run_all(
     Raises:
         CommandError: a worker process died.
     """
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=end_with_parent)
     try:
         running = {pool.submit(job.run, identifier, *task): identifier for identifier, task in tasks.items()}
         for future in tqdm(as_completed(running), desc="Preprocessing", total=len(tasks), unit="case"):
@@ -300,6 +301,19 @@ def run_all(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupt does not wait for what has not begun
+
+
+def end_with_parent() -> None:
+    """Ends this worker when the command is killed.
+
+    By itself it would wait for ever, and until then go on writing what the command, started again, writes too.
+    """
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _reject(outcome: Outcome, identifier: str, reason: str) -> None:

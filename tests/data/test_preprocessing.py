@@ -1,8 +1,10 @@
 """`nnUNetv2_selfreg preprocess_unlabeled`."""
 
 import gzip
+import multiprocessing
 import os
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -92,7 +94,7 @@ class Workspace:
 @pytest.fixture
 def in_process(monkeypatch):
     """A thread instead of processes, which take seconds to start."""
-    monkeypatch.setattr(preprocessing, "ProcessPoolExecutor", lambda number, mp_context: ThreadPoolExecutor(1))
+    monkeypatch.setattr(preprocessing, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
 
 
 def names(folder: Path) -> list[str]:
@@ -203,6 +205,25 @@ def test_worker_that_dies_ends_the_command(workspace):
     job = preprocessing.prepare(workspace.preprocessed, ["2d"], "nnUNetPlans")
     with pytest.raises(CommandError, match="worker process died"):
         preprocessing.run_all(job, {case: ([_Exit()], []) for case in GOOD}, 1, preprocessing.Outcome([]))
+
+
+def _leave_a_worker():
+    def work():
+        preprocessing.end_with_parent()
+        time.sleep(60)
+
+    multiprocessing.get_context("fork").Process(target=work).start()
+    os._exit(1)
+
+
+def test_worker_ends_when_the_command_is_killed():
+    fork = multiprocessing.get_context("fork")
+    reader, writer = fork.Pipe(duplex=False)
+    fork.Process(target=_leave_a_worker).start()
+    writer.close()  # the worker has the last one
+    assert reader.poll(20)
+    with pytest.raises(EOFError):
+        reader.recv()
 
 
 def test_error_of_the_preprocessor_is_the_reason(workspace, in_process, monkeypatch, capsys):
