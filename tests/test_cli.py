@@ -1,5 +1,7 @@
 """`nnUNetv2_selfreg` from a checkout."""
 
+import os
+
 import pytest
 
 from nnunetv2_selfreg import __version__, cli, discovery
@@ -30,7 +32,7 @@ def test_another_copy_that_comes_first_is_named(capsys, monkeypatch, tmp_path):
     (tmp_path / "nnUNetTrainerSelfReg.py").write_text(
         (discovery.trainers_folder() / "nnUNetTrainerSelfReg.py").read_text()
     )
-    monkeypatch.setenv(discovery.VARIABLE, f"{tmp_path}:{discovery.trainers_folder()}")
+    monkeypatch.setenv(discovery.VARIABLE, f"{tmp_path}{os.pathsep}{discovery.trainers_folder()}")
     assert cli.main(["trainers"]) == 0
     assert f"finds them in {tmp_path}" in capsys.readouterr().out
 
