@@ -32,4 +32,4 @@ lint: .venv-test/installed
 	touch $@
 
 clean:
-	rm -rf .venv-demo .venv-test demo-run build dist
+	rm -rf .venv-demo .venv-test demo-run build dist .pytest_cache .hypothesis .ruff_cache

@@ -23,7 +23,7 @@ class Trainer:
 
 def trainers_folder() -> Path:
     """The folder with the trainers: inside the package when installed from a wheel, beside it in a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).absolute().parent  # as the .pth line writes it, links kept
     installed = package / "trainers"
     return installed if installed.is_dir() else package.parent / "trainers"
 

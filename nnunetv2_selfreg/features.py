@@ -44,9 +44,8 @@ class FeatureTaps:
         self._n_encoder = len(encoder) - 1
         self._tapped = [*encoder[1:], *decoder]
         self._collected: list[Tensor | None] = [None] * len(self._tapped)
-        self._handles = [
-            stage.register_forward_hook(self._hook(stage, index)) for index, stage in enumerate(self._tapped)
-        ]
+        for index, stage in enumerate(self._tapped):
+            stage.register_forward_hook(self._hook(stage, index))
 
     @property
     def active(self) -> bool:
@@ -61,24 +60,20 @@ class FeatureTaps:
         """
         missing = [index for index, feature in enumerate(self._collected) if feature is None]
         features = [feature for feature in self._collected if feature is not None]
-        self.clear()
+        self._collected[:] = [None] * len(self._tapped)
         if missing:
             raise RuntimeError(
                 f"{len(missing)} of {len(self._tapped)} tapped stages of {type(self._network).__name__} delivered no "
-                "feature map. Either no forward pass preceded the loss, or the network had been compiled and run "
-                "before the taps were registered (torch.compile ignores such hooks)."
+                "feature map. Either no forward pass in training mode preceded, or its features were taken already, or "
+                "the network had been compiled and run before the taps were registered (torch.compile ignores such "
+                "hooks)."
             )
         return Features(features[: self._n_encoder], features[self._n_encoder : -1], features[-1])
 
-    def clear(self) -> None:
-        """Releases whatever was collected."""
-        self._collected[:] = [None] * len(self._tapped)
-
-    def remove(self) -> None:
-        """Unregisters the hooks."""
-        self.clear()
-        for handle in self._handles:
-            handle.remove()
+    @property
+    def empty(self) -> bool:
+        """Whether no feature is held."""
+        return all(feature is None for feature in self._collected)
 
     def _hook(self, stage: nn.Module, index: int) -> Callable[[nn.Module, tuple, Tensor], None]:
         collected = self._collected
@@ -101,14 +96,14 @@ def unwrap(network: nn.Module) -> nn.Module:
 def _stages(network: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     name = type(network).__name__
     encoder, decoder = (list(getattr(getattr(network, part, None), "stages", ())) for part in ("encoder", "decoder"))
-    if len(encoder) < 2 or not decoder:
+    if not encoder or not decoder:
         raise NotImplementedError(
             f"{name} has no encoder.stages and decoder.stages to read feature maps from. Use a plan whose network has "
             "them, such as PlainConvUNet or ResidualEncoderUNet."
         )
-    if len(decoder) < 2:
+    if len(encoder) < 2 or len(decoder) < 2:
         raise NotImplementedError(
-            f"{name} has {len(decoder)} decoder stage; self-regularisation compares the last one with others and needs "
-            "two at least. Use a configuration with more resolution stages."
+            f"{name} has {len(encoder)} encoder and {len(decoder)} decoder stages; self-regularisation needs two of "
+            "each at least. Use a configuration with more resolution stages."
         )
     return encoder, decoder

@@ -22,6 +22,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     part = path.with_name(path.name + ".part")
     try:
         yield str(part)
+        if not part.exists():
+            return  # nothing was written, nothing to replace
         with open(part, "r+b") as written:
             os.fsync(written.fileno())  # or a power failure could leave the new name with the old blocks
         os.replace(part, path)

@@ -32,6 +32,7 @@ from nnunetv2_selfreg.analysis.contours import Case, contour_figure
 
 CPU_VOXELS = 40**3  # a median image of at most so many voxels trains in a fraction of a second a step on two cores
 HELD_OUT = 3
+MARKER = "made-by-the-demo.txt"
 EXPECTED = "expected a folder DatasetXXX_Name with dataset.json, imagesTr and labelsTr (nnU-Net's raw format)"
 
 
@@ -44,11 +45,12 @@ def main() -> int:
     parser.add_argument("--iterations", type=int, default=50, help="training iterations an epoch")
     arguments = parser.parse_args()
     try:
-        cases = raw_cases(arguments.data) if arguments.data else None
+        demo = Demo(arguments, raw_cases(arguments.data) if arguments.data else None)
+        demo.make_folder()
     except ValueError as error:
-        print(f"DATA={arguments.data}: {error}", file=sys.stderr)
+        print(f"DATA={arguments.data}: {error}" if arguments.data else error, file=sys.stderr)
         return 2
-    Demo(arguments, cases).run()
+    demo.run()
     return 0
 
 
@@ -60,11 +62,11 @@ def raw_cases(folder: Path) -> dict[str, dict]:
     """
     if not folder.is_dir():
         raise ValueError(f"there is no such folder; {EXPECTED}")
-    if not re.fullmatch(r"Dataset\d{3}_.+", folder.resolve().name):
-        raise ValueError(f"{folder.resolve().name} is not a data set's name; {EXPECTED}")
+    if not re.fullmatch(r"Dataset\d{3}_.+", folder.absolute().name):
+        raise ValueError(f"{folder.absolute().name} is not a data set's name; {EXPECTED}")
     try:
         content = load_json(str(folder / "dataset.json"))
-        channels = len(content["channel_names"])
+        channels, _ = len(content["channel_names"]), content["labels"]
         cases = get_filenames_of_train_images_and_targets(str(folder), content)
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"cannot use dataset.json or imagesTr ({error!r}); {EXPECTED}") from None
@@ -85,7 +87,7 @@ class Demo:
     def __init__(self, arguments: argparse.Namespace, cases: dict[str, dict] | None) -> None:
         self.arguments = arguments
         self.cases = cases
-        self.source = arguments.data.resolve() if arguments.data else None
+        self.source = arguments.data.absolute() if arguments.data else None
         self.name = self.source.name if self.source else "Dataset002_Phantom"
         self.id = self.name[7:10]
         self.folder = arguments.folder.resolve() / self.name
@@ -96,8 +98,6 @@ class Demo:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def run(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)  # only what an earlier demo of this data set wrote
-        (self.folder / "logs").mkdir(parents=True)
         stages = {
             "writing the raw data set, some cases held out": self.write_raw,
             "planning and preprocessing": self.plan_and_preprocess,
@@ -119,18 +119,35 @@ class Demo:
             "  nnUNet_raw/, nnUNet_preprocessed/, logs/"
         )
 
+    def make_folder(self) -> None:
+        """An empty folder for this demo, in the place of an earlier demo's.
+
+        Raises:
+            ValueError: the folder is not an earlier demo's, or the data lie in it.
+        """
+        sources = [Path(case["label"]).resolve() for case in (self.cases or {}).values()]
+        if any(file.is_relative_to(self.folder) for file in sources):
+            raise ValueError(f"it lies in {self.folder}, which the demo would empty; copy it elsewhere")
+        if self.folder.exists() and not (self.folder / MARKER).is_file():
+            raise ValueError(f"{self.folder} is not an earlier demo's; give another one with --folder")
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        (self.folder / "logs").mkdir(parents=True)
+        (self.folder / MARKER).write_text("Written by scripts/demo.py, which empties this folder when it runs again.\n")
+
     def write_raw(self) -> None:
         if self.source is None or self.cases is None:
             phantom.write_dataset(self.raw, train=15, test=HELD_OUT)
             return
+        content = load_json(str(self.source / "dataset.json"))
+        ending = content["file_ending"]
         chosen = sorted(self.cases)[: max(self.arguments.cases, 5 + HELD_OUT)]
         print(f"      {len(chosen)} of {len(self.cases)} cases of {self.source}, the last {HELD_OUT} held out")
         for case in chosen:
             part = "Ts" if case in chosen[-HELD_OUT:] else "Tr"
-            for image in self.cases[case]["images"]:
-                _link(Path(image), self.raw / f"images{part}")
-            _link(Path(self.cases[case]["label"]), self.raw / f"labels{part}")
-        content = load_json(str(self.source / "dataset.json"))
+            for channel, image in enumerate(self.cases[case]["images"]):
+                _link(Path(image), self.raw / f"images{part}" / f"{case}_{channel:04d}{ending}")
+            _link(Path(self.cases[case]["label"]), self.raw / f"labels{part}" / f"{case}{ending}")
         content.pop("dataset", None)  # the paths of the original
         content["numTraining"] = len(chosen) - HELD_OUT
         save_json(content, str(self.raw / "dataset.json"), sort_keys=False)
@@ -234,12 +251,12 @@ class Demo:
             sys.exit(f"{' '.join(command)}\nfailed with status {process.returncode}; the end of {log}:\n{end}")
 
 
-def _link(file: Path, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def _link(file: Path, link: Path) -> None:
+    link.parent.mkdir(parents=True, exist_ok=True)
     try:
-        (folder / file.name).symlink_to(file.resolve())
+        link.symlink_to(file.resolve())
     except OSError:  # no links here, as on Windows without the right to
-        shutil.copyfile(file, folder / file.name)
+        shutil.copyfile(file, link)
 
 
 if __name__ == "__main__":

@@ -33,12 +33,15 @@ def main() -> None:
     parser.add_argument("-tr", nargs="+", default=["nnUNetTrainer", "nnUNetTrainerSelfReg"], metavar="TRAINER")
     parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS")
     parser.add_argument("-f", default="0", metavar="FOLD")
-    parser.add_argument("-device", default="cuda", choices=["cpu", "cuda", "mps"])
+    parser.add_argument("-device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=15, help="after two that are not counted")
     parser.add_argument("-o", type=Path, help="write the table as JSON to this file")
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds must be at least 2, for quartiles")
 
     torch.set_flush_denormal(True)  # on a CPU denormals would drown the result
+    torch.backends.cudnn.benchmark = True  # as nnUNetv2_train does
     with tempfile.TemporaryDirectory() as results:
         os.environ["nnUNet_results"] = results  # a trainer writes a log file as soon as it exists
         trainers = {name: build(name, arguments) for name in arguments.tr}
@@ -72,9 +75,10 @@ def measure(trainers: dict[str, Any], rounds: int) -> tuple[dict[str, list[float
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     for count in range(rounds + 2):
         batch = next(loader)
-        for name, trainer in trainers.items():
+        shift = count % len(trainers)  # so that none is always the first on a new batch
+        for name in [*trainers, *trainers][shift : shift + len(trainers)]:
             start = time.perf_counter()
-            trainer.train_step(batch)  # ends with the loss on the CPU, so nothing is still queued on a GPU
+            trainers[name].train_step(batch)  # ends with the loss on the CPU, so nothing is still queued on a GPU
             if count >= 2:
                 seconds[name].append(time.perf_counter() - start)
     memory = {name: peak_memory(trainer, batch) for name, trainer in trainers.items()}

@@ -1,5 +1,6 @@
 """`nnUNetv2_selfreg` from a checkout."""
 
+import os
 import subprocess
 import sys
 
@@ -33,7 +34,7 @@ def test_another_copy_that_comes_first_is_named(capsys, monkeypatch, tmp_path):
     (tmp_path / "nnUNetTrainerSelfReg.py").write_text(
         (discovery.trainers_folder() / "nnUNetTrainerSelfReg.py").read_text()
     )
-    monkeypatch.setenv(discovery.VARIABLE, f"{tmp_path}:{discovery.trainers_folder()}")
+    monkeypatch.setenv(discovery.VARIABLE, f"{tmp_path}{os.pathsep}{discovery.trainers_folder()}")
     assert cli.main(["trainers"]) == 0
     assert f"finds them in {tmp_path}" in capsys.readouterr().out
 

@@ -56,15 +56,18 @@ def test_nothing_is_collected_in_evaluation():
     network.eval()
     network(torch.randn(1, 1, 16, 16))
     assert not taps.active
-    assert taps._collected == [None] * 6
+    assert taps.empty
 
 
 def test_features_are_released_when_taken():
     network = u_net()
     taps = FeatureTaps(network)
     network(torch.randn(1, 1, 16, 16))
+    assert not taps.empty
     taps.take()
-    assert taps._collected == [None] * 6
+    assert taps.empty
+    with pytest.raises(RuntimeError, match="taken already"):
+        taps.take()
 
 
 def test_missing_features_are_an_error():
@@ -77,17 +80,10 @@ def test_hooks_of_a_copied_network_stay_silent():
     taps = FeatureTaps(network)
     teacher = copy.deepcopy(network)
     network(torch.ones(1, 1, 16, 16))
-    expected = [f.clone() for f in taps._collected]
+    expected = taps.take()
+    network(torch.ones(1, 1, 16, 16))
     teacher(torch.randn(1, 1, 16, 16))
-    torch.testing.assert_close(taps._collected, expected)
-
-
-def test_removed_taps_collect_nothing():
-    network = u_net()
-    taps = FeatureTaps(network)
-    taps.remove()
-    network(torch.randn(1, 1, 16, 16))
-    assert taps._collected == [None] * 6
+    torch.testing.assert_close(taps.take(), expected)
 
 
 def test_state_dict_is_untouched():
@@ -114,7 +110,7 @@ def test_compiled_network_delivers_the_same_features_and_gradients():
     torch.testing.assert_close(gradients(compiled), eager, rtol=1e-4, atol=1e-5)
     network.eval()
     compiled(image)
-    assert taps._collected == [None] * 6
+    assert taps.empty
 
 
 def test_taps_after_the_first_compiled_pass_are_noticed():
@@ -133,5 +129,5 @@ def test_network_without_stages_is_named():
 
 
 def test_single_decoder_stage_is_an_error():
-    with pytest.raises(NotImplementedError, match="1 decoder stage"):
+    with pytest.raises(NotImplementedError, match="2 encoder and 1 decoder stages"):
         FeatureTaps(u_net(stages=2))

@@ -19,6 +19,14 @@ def test_new_content_takes_the_place_in_one_step(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_nothing_written_replaces_nothing(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with replacing(path):
+        pass
+    assert path.read_text() == "old"
+
+
 def test_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nnunetv2
 import pytest
+from workspace import Run
 
 from nnunetv2_selfreg import discovery
 
@@ -50,11 +51,20 @@ class Environment:
         pip = [sys.executable, "-m", "pip", "--python", str(self.python), "--quiet", "--no-input"]
         subprocess.run([*pip, *arguments], check=True, capture_output=True)
 
-    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def nnunet(self, entry: str, *arguments: str, **environment: str) -> None:
+        """Runs one of nnU-Net's commands, as the script that pip makes for it does."""
+        module, function = entry.split(":")
+        script = self.site / f"{function}.py"
+        script.write_text(f"from nnunetv2.{module} import {function}\nif __name__ == '__main__':\n    {function}()\n")
+        done = self.run(str(script), *arguments, **environment)
+        script.unlink()
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+
+    def run(self, *arguments: str, python: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
         clean = {key: value for key, value in os.environ.items() if key != discovery.VARIABLE}
         # Elsewhere than in the checkout, which Python would put first on its path.
-        options = {"cwd": self.site, "env": {**clean, **environment}, "capture_output": True, "text": True}
-        return subprocess.run([str(self.python), *arguments], **options, check=False)
+        options = {"cwd": self.python.parent, "env": {**clean, **environment}, "capture_output": True, "text": True}
+        return subprocess.run([str(python or self.python), *arguments], **options, check=False)
 
     def find(self, trainer: str, **environment: str) -> str:
         """What nnU-Net's look-up prints, or its error."""
@@ -89,6 +99,33 @@ def test_variable_that_is_set_is_kept(environment, tmp_path):
     assert environment.variable(nnUNet_extTrainer=both) == both  # as in a child process
     assert "nnUNetTrainerMine" in environment.find("nnUNetTrainerMine", nnUNet_extTrainer=str(tmp_path))
     assert "SelfRegularized" in environment.find("nnUNetTrainerSelfReg", nnUNet_extTrainer=str(tmp_path))
+
+
+@pytest.mark.parametrize("environment", ["regular"], indirect=True)
+def test_nnunets_commands_train_and_predict_with_the_wheel(environment, data_sets, tmp_path):
+    """Nothing set but nnU-Net's three folders: train, continue, validate, start from weights, predict."""
+    run = Run(data_sets.name("labels"), "2d", "nnUNetTrainerSelfReg_1epochs_1iters")
+    results = {"nnUNet_results": str(tmp_path)}
+    model = tmp_path / run.data_set / f"{run.trainer}__nnUNetPlans__2d"
+    weights = ["-pretrained_weights", str(model / "fold_0" / "checkpoint_final.pth")]
+    for fold, more in (("0", []), ("0", ["--c"]), ("0", ["--val"]), ("1", weights)):
+        training = [run.data_set, "2d", fold, "-tr", run.trainer, "-device", "cpu", *more]
+        environment.nnunet("run.run_training:run_training_entry", *training, **results)
+        assert (model / f"fold_{fold}" / "validation" / "summary.json").is_file()
+    prediction = ["-d", run.data_set, "-c", "2d", "-f", "0", "1", "-tr", run.trainer, "-device", "cpu"]
+    folders = ["-i", str(run.raw / "imagesTs"), "-o", str(tmp_path / "predicted")]
+    entry = "inference.predict_from_raw_data:predict_entry_point"
+    environment.nnunet(entry, *prediction, *folders, "-npp", "1", "-nps", "1", **results)
+    assert len(list((tmp_path / "predicted").glob("*.nii.gz"))) == 1
+
+
+def test_environment_behind_a_link(environment, tmp_path):
+    """As a home folder on a cluster often is."""
+    link = tmp_path / "link"
+    link.symlink_to(environment.python.parents[1])
+    done = environment.run("-m", "nnunetv2_selfreg.cli", "trainers", python=link / "bin" / "python")
+    assert done.returncode == 0
+    assert "nnunetv2_selfreg.pth extends nnUNet_extTrainer" in done.stdout
 
 
 def test_trainers_command_says_that_and_how_they_are_found(environment):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -260,7 +259,3 @@ def _program(name: str) -> str:
 
 def read_labels(file: Path) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
-
-
-def write_json(content: object, file: Path) -> None:
-    file.write_text(json.dumps(content), encoding="utf-8")

@@ -7,5 +7,5 @@ from nnunetv2_selfreg.training.length import trainer_of_length
 
 
 def __getattr__(name: str):
-    globals()[name] = trainer = trainer_of_length(name, own_module=__file__)  # kept: nnU-Net asks twice
+    globals()[name] = trainer = trainer_of_length(name)  # kept: nnU-Net asks twice
     return trainer

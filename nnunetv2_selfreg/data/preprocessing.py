@@ -11,10 +11,8 @@ import copy
 import io
 import multiprocessing
 import os
-import re
 import sys
 import threading
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -22,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import blosc2
-import nibabel
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import write_pickle
 from nnunetv2.configuration import default_num_processes
@@ -32,14 +29,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from tqdm import tqdm
 
 from nnunetv2_selfreg.data.datasets import labeled_cases, preprocessed_folder, read_json
+from nnunetv2_selfreg.data.images import BadImageError, check_image, check_nifti, list_cases, why_misnamed
 from nnunetv2_selfreg.errors import CommandError
 from nnunetv2_selfreg.files import replacing
-
-_CHANNEL = re.compile(r"(?P<identifier>.+)_\d{4}")
-
-
-class BadImageError(Exception):
-    """Why a case cannot be used."""
 
 
 @dataclass
@@ -159,72 +151,6 @@ def preprocess_unlabeled(
     if not outcome.done + outcome.done_before:
         raise CommandError("No image is usable; the reasons are above.")
     return outcome
-
-
-def list_cases(folder: Path, ending: str) -> dict[str, list[Path]]:
-    """The files of each case by identifier; a file without a channel number stands under its whole name.
-
-    Raises:
-        CommandError: there are none.
-    """
-    cases = defaultdict(list)
-    for file in sorted(folder.iterdir()):
-        if file.name.endswith(ending):
-            match = _CHANNEL.fullmatch(file.name.removesuffix(ending))
-            cases[match["identifier"] if match else file.name].append(file)
-    if not cases:
-        raise CommandError(f"{folder} has no images that end in {ending}, as dataset.json says. Put them there.")
-    return dict(cases)
-
-
-def why_misnamed(identifier: str, files: Sequence[Path], ending: str, labeled: set[str]) -> str | None:
-    """None if the names of a case's files are right, otherwise what is wrong with them."""
-    if files[0].name == identifier:
-        return f"the name has no channel number; expected {identifier.removesuffix(ending)}_0000{ending}"
-    names = [file.name for file in files]
-    for channel in range(len(files)):
-        expected = f"{identifier}_{channel:04d}{ending}"
-        if expected not in names:
-            return f"channel {channel} is missing ({expected})"
-    if identifier in labeled:
-        return "a labelled case of the data set has this identifier; remove the image or rename it"
-    return None
-
-
-def check_image(data: np.ndarray, channels: Sequence[str], is_2d: bool) -> None:
-    """Checks an image as nnU-Net reads it, channels first and a 2D one as a single slice, against its data set.
-
-    Raises:
-        BadImageError: other channels or another dimension than the data set has, or values that are not finite.
-    """
-    if len(data) != len(channels):
-        raise BadImageError(f"{len(data)} of {len(channels)} channels ({', '.join(channels)}) are there")
-    if (data.shape[1] == 1) != is_2d:
-        raise BadImageError(f"the data set is {2 if is_2d else 3}D, the image is not: its shape is {data.shape[1:]}")
-    _check_finite(data)
-
-
-def check_nifti(file: str) -> None:
-    """Reads a NIfTI file strictly; other files pass.
-
-    SimpleITK says nothing of a truncated file, whose last voxels it makes up, and reads NaN as 0.
-
-    Raises:
-        BadImageError: the file is damaged, or has values that are not finite.
-    """
-    if not file.endswith((".nii", ".nii.gz")):
-        return
-    try:
-        data = nibabel.load(file).dataobj.get_unscaled()
-    except Exception as error:  # of nibabel, of the decompression, of the file system
-        raise BadImageError(f"{Path(file).name} is damaged: {error}") from error
-    _check_finite(data)
-
-
-def _check_finite(data: np.ndarray) -> None:
-    not_finite = data.size - np.count_nonzero(np.isfinite(data))
-    if not_finite:
-        raise BadImageError(f"{not_finite} values are NaN or infinite")
 
 
 def store(image: np.ndarray, properties: dict, folder: Path, identifier: str, patch_size: Sequence[int]) -> None:

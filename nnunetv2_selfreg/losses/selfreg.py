@@ -41,7 +41,8 @@ def semantic_consistency(feature: Tensor, final: Tensor, channels: tuple[Tensor,
         Scalar in at least single precision.
 
     Raises:
-        ValueError: batch or dimension differ, or `final` is smaller than `feature` along an axis.
+        ValueError: batch or dimension differ, `final` is smaller than `feature` along an axis, or the index tensors
+            differ in length.
 
     >>> feature, final = torch.ones(2, 8, 4, 4), torch.zeros(2, 4, 16, 8)
     >>> semantic_consistency(feature, final)
@@ -50,6 +51,8 @@ def semantic_consistency(feature: Tensor, final: Tensor, channels: tuple[Tensor,
     _check_pair(feature, final)
     if channels is None:
         channels = _random_channels(feature, final)
+    elif len(channels[0]) != len(channels[1]):
+        raise ValueError(f"channels has {len(channels[0])} indices for feature and {len(channels[1])} for final")
     pooled = average_pool(final.detach(), feature.shape[2:])
     return F.mse_loss(_select(feature, channels[0]), _select(pooled, channels[1]))
 
@@ -86,11 +89,16 @@ def internal_feature_distillation(feature: Tensor, order: str = "activation", st
 
 def channel_ranking(feature: Tensor, order: str = "activation") -> Tensor:
     """Channel indices of `feature` `(B, C, *spatial)` in the order in which IFD halves them (see there)."""
+    check_order(order)
     if order == "index":
         return torch.arange(feature.shape[1], device=feature.device)
-    if order == "activation":
-        return torch.argsort(_mean_normalised_activation(feature.detach()), descending=True)
-    raise ValueError(f'order is {order!r}, it must be "activation" or "index"')
+    return torch.argsort(_mean_normalised_activation(feature.detach()), descending=True)
+
+
+def check_order(order: str) -> None:
+    """Raises ValueError if IFD knows no such order of channels."""
+    if order not in ("activation", "index"):
+        raise ValueError(f'the order of channels in IFD is {order!r}, it must be "activation" or "index"')
 
 
 def average_pool(feature: Tensor, shape: Sequence[int]) -> Tensor:
@@ -115,8 +123,11 @@ class SelfRegularizedLoss(nn.Module):
         L = L_seg + lambda_scr * mean_{all blocks} L_SCR + lambda_ifd * (mean_{encoder} L_IFD + mean_{decoder} L_IFD)
 
     The averaging is the released program's, the two lambdas are the paper's. In evaluation it is the segmentation loss
-    alone, so a validation loss stays comparable with stock nnU-Net. A term whose lambda is 0 is not computed. Under
-    autocast both terms are computed in single precision.
+    alone, so a validation loss stays comparable with stock nnU-Net. A term whose lambda is 0 is not computed. Half
+    precision features are compared in single precision (CUDA pools them in half precision, with single-precision sums).
+
+    One forward pass of the tapped network in training, then one call: the features are handed over once. A training
+    step with several segmentation losses calls this one for one of them.
 
     `terms` holds the detached scalars of the last training step, `segmentation`, `scr` and `ifd`, without lambda.
 
@@ -143,7 +154,7 @@ class SelfRegularizedLoss(nn.Module):
         for name, value in (("lambda_scr", lambda_scr), ("lambda_ifd", lambda_ifd)):
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} is {value}, it must be finite and not negative")
-        channel_ranking(torch.zeros(1, 1, 1, 1), ifd_order)  # raises now, not in the first step
+        check_order(ifd_order)
         self.loss = loss
         self.taps = taps
         self.lambda_scr = lambda_scr
@@ -158,11 +169,10 @@ class SelfRegularizedLoss(nn.Module):
             return total
         self.terms = {"segmentation": total.detach()}
         encoder, decoder, final = self.taps.take()
-        with torch.autocast(final.device.type, enabled=False):
-            if self.lambda_scr > 0:
-                total = total + self.lambda_scr * self._keep("scr", self._scr([*encoder, *decoder], final))
-            if self.lambda_ifd > 0:
-                total = total + self.lambda_ifd * self._keep("ifd", self._ifd(encoder) + self._ifd(decoder))
+        if self.lambda_scr > 0:
+            total = total + self.lambda_scr * self._keep("scr", self._scr([*encoder, *decoder], final))
+        if self.lambda_ifd > 0:
+            total = total + self.lambda_ifd * self._keep("ifd", self._ifd(encoder) + self._ifd(decoder))
         return total
 
     def _keep(self, name: str, term: Tensor) -> Tensor:
@@ -180,14 +190,14 @@ class SelfRegularizedLoss(nn.Module):
 
 
 def _pooled_to_each_shape(final: Tensor, shapes: set[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
-    """`final` pooled to each shape. An even average of even averages is the average, so each level pools the one above
-    it: the full-resolution map is read once, not once for each block."""
+    """`final` pooled to each shape. An even average of even averages is the average, so where the division is even each
+    level pools the one above it: the full-resolution map is read once, not once for each block."""
     pooled: dict[tuple[int, ...], Tensor] = {}
     source = final
     for shape in sorted(shapes, reverse=True):
-        if not _divides(shape, source.shape[2:]):
-            source = final
-        source = pooled[shape] = average_pool(source, shape)
+        pooled[shape] = average_pool(source if _divides(shape, source.shape[2:]) else final, shape)
+        if _divides(shape, final.shape[2:]):
+            source = pooled[shape]
     return pooled
 
 

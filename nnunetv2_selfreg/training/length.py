@@ -6,7 +6,6 @@ nnU-Net itself ships a class for some numbers of epochs; here it is every number
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -18,30 +17,30 @@ from nnunetv2_selfreg.discovery import external_folders
 ACCEPTED = "<trainer>_<N>epochs or <trainer>_<N>epochs_<M>iters, N and M whole numbers from 1"
 _SUFFIX = re.compile(r"(?P<base>.*[^_])_(?P<epochs>[1-9][0-9]*)epochs(_(?P<iterations>[1-9][0-9]*)iters)?")
 _ATTEMPT = re.compile(r".*_[-+]?[0-9.,]+_?(epochs?|iters?|iterations?)(_.*)?", re.IGNORECASE)
+_being_searched: set[str] = set()
 
 
-def trainer_of_length(name: str, own_module: str) -> type[nnUNetTrainer]:
+def trainer_of_length(name: str) -> type[nnUNetTrainer]:
     """The trainer class that `name` asks for, if it ends in a training length.
 
-    A class that really has this name wins: nnU-Net has looked among its own before it asks here, and the other folders
-    in `nnUNet_extTrainer` are searched first.
+    A class that really has this name wins: nnU-Net has looked among its own before it asks here, and all folders in
+    `nnUNet_extTrainer` are searched first.
 
     Args:
         name: what was given to `-tr`.
-        own_module: file of the trainer module that asks. Folders with a file of this name are left out of the search,
-            since they would ask back.
 
     Raises:
-        AttributeError: `name` has nothing of such a suffix, or its base is no trainer's name.
-        ValueError: `name` has a malformed suffix.
+        AttributeError: `name` has nothing of such a suffix.
+        ValueError: `name` has a malformed suffix, or two of them.
+        RuntimeError: nnU-Net's own, when there is no trainer of the name before the suffix.
     """
-    if not _ATTEMPT.fullmatch(name):
+    if name in _being_searched or not _ATTEMPT.fullmatch(name):
         raise AttributeError(f"{name} is not a trainer with a training length")
-    existing = _class_of_that_name(name, Path(own_module).name)
+    existing = _class_of_that_name(name)
     if existing is not None:
         return existing
     match = _SUFFIX.fullmatch(name)
-    if match is None:
+    if match is None or _SUFFIX.fullmatch(match["base"]):
         raise ValueError(f"The trainer name {name} has a malformed training length. Accepted: {ACCEPTED}")
     base = recursive_find_trainer_class_by_name(match["base"])
     return with_length(base, name, int(match["epochs"]), int(match["iterations"]) if match["iterations"] else None)
@@ -56,7 +55,7 @@ def with_length(
     training is shorter than the trainer's own: with nnU-Net's 50 epochs a short training would never write one.
     """
 
-    class Shortened(base):  # type: ignore[misc, valid-type]
+    class OfLength(base):  # type: ignore[misc, valid-type]
         # nnU-Net reads the constructor's parameters by name, so they are spelled out.
         def __init__(
             self,
@@ -75,23 +74,26 @@ def with_length(
                 )
                 self.num_iterations_per_epoch = iterations
 
-    Shortened.__name__ = Shortened.__qualname__ = name
-    Shortened.__module__ = base.__module__
-    Shortened.__doc__ = f"{base.__name__}, {epochs} epochs" + (f" of {iterations} iterations" if iterations else "")
-    return Shortened
+    OfLength.__name__ = OfLength.__qualname__ = name
+    OfLength.__module__ = base.__module__
+    OfLength.__doc__ = f"{base.__name__}, {epochs} epochs" + (f" of {iterations} iterations" if iterations else "")
+    return OfLength
 
 
 def _in_proportion(value: int, new: int, old: int) -> int:
     return max(1, round(value * new / old))
 
 
-def _class_of_that_name(name: str, own_file: str) -> type[nnUNetTrainer] | None:
-    for folder in external_folders():
-        if not folder.is_dir() or (folder / own_file).exists():
-            continue
-        found = recursive_find_python_class(
-            str(folder), name, None, base_folder=str(folder), cleanup_imports_from_base_folder=True
-        )
-        if found is not None:
-            return found
-    return None
+def _class_of_that_name(name: str) -> type[nnUNetTrainer] | None:
+    """A class in one of the external folders. This module is asked again on the way and must not answer then."""
+    _being_searched.add(name)
+    try:
+        for folder in map(str, external_folders()):
+            found = recursive_find_python_class(
+                folder, name, None, base_folder=folder, cleanup_imports_from_base_folder=True
+            )
+            if found is not None:
+                return found
+        return None
+    finally:
+        _being_searched.discard(name)

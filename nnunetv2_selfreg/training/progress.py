@@ -7,22 +7,26 @@ from pathlib import Path
 
 from PIL import Image
 
+from nnunetv2_selfreg.files import replacing
+
 WIDTH, HEIGHT = 30, 18  # inches at 100 dpi: one panel of nnU-Net's figure
 
 
 def add_terms_panel(output_folder: str, curves: dict[str, list[float]]) -> None:
     """Appends a panel with `curves`, one value an epoch, to the `progress.png` that nnU-Net just wrote in the folder.
 
-    nnU-Net draws and saves its figure in one function, so the panel is pasted below. Nothing happens without curves.
+    nnU-Net draws and saves its figure in one function, so the panel is pasted below. Nothing happens without curves or
+    without that file, as with trainers that draw nothing.
     """
-    if not curves:
-        return
     path = Path(output_folder) / "progress.png"
+    if not curves or not path.is_file():
+        return
     with Image.open(path) as figure, Image.open(_panel(curves)) as panel:
         combined = Image.new("RGB", (figure.width, figure.height + panel.height), "white")
         combined.paste(figure.convert("RGB"), (0, 0))
         combined.paste(panel.convert("RGB"), (0, figure.height))
-    combined.save(path, compress_level=1)  # a few MB of curves: the default level takes seconds an epoch
+    with replacing(path) as part:
+        combined.save(part, format="PNG", compress_level=1)  # the default level would take a second of every epoch
 
 
 def _panel(curves: dict[str, list[float]]) -> BytesIO:

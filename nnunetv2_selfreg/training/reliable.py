@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,9 +42,9 @@ class ReliableTraining(_Trainer):
 
     def train_step(self, batch: dict) -> dict:
         outputs = self.optimise(batch)
-        outputs.update({name: term.item() for name, term in self.loss_terms().items()})
-        self._stop_unless_finite(outputs, batch)
-        return outputs
+        terms = {name: term.item() for name, term in self.loss_terms().items()}
+        self._stop_unless_finite({"loss": outputs["loss"], **terms}, batch)
+        return {**outputs, **terms}
 
     def validation_step(self, batch: dict) -> dict:
         outputs = super().validation_step(batch)
@@ -56,16 +57,16 @@ class ReliableTraining(_Trainer):
             name: float(np.mean(gather_from_ranks([outputs[name] for outputs in train_outputs])))
             for name in self.loss_terms()
         }
-        for name in _own_keys(self.logger.local_logger) - set(terms):
-            self._log(name, math.nan)  # a term of an earlier part of the run, or the progress plot would end here
         for name, value in terms.items():
             self._log(name, value)
             self.print_to_log_file(name, np.round(value, decimals=4))
 
     def on_epoch_end(self) -> None:
+        self._continue_old_curves()
         super().on_epoch_end()
         if self.local_rank == 0:
-            add_terms_panel(self.output_folder, self._own_curves())
+            curves = self.logger.local_logger.my_fantastic_logging
+            add_terms_panel(self.output_folder, {name: curves[name] for name in self.loss_terms()})
 
     def save_checkpoint(self, filename: str) -> None:
         if self.local_rank != 0 or self.disable_checkpointing:
@@ -79,12 +80,19 @@ class ReliableTraining(_Trainer):
         if not bad:
             return
         named = bad if set(bad) == {"loss"} else {name: value for name, value in bad.items() if name != "loss"}
-        raise FloatingPointError(
+        message = (
             f"Training stopped in epoch {self.current_epoch}: {', '.join(f'{n} is {v}' for n, v in named.items())}. "
             f"Cases in the batch: {', '.join(map(str, batch['keys']))}. Look for NaN or extreme intensities in these; "
-            "if they are sound, lower the learning rate or the weight of that term. The checkpoints in "
-            f"{self.output_folder} were written before this and are whole; --c continues from the last one."
+            "if they are sound, lower the learning rate or the weight of that term. " + self._where_to_continue()
         )
+        self.print_to_log_file(message, also_print_to_console=False)
+        raise FloatingPointError(message)
+
+    def _where_to_continue(self) -> str:
+        for name in ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"):  # nnU-Net's order for --c
+            if os.path.isfile(os.path.join(self.output_folder, name)):
+                return f"--c continues from {name} in {self.output_folder}, which was written before this."
+        return f"There is no checkpoint in {self.output_folder} yet: start again."
 
     def _log(self, name: str, value: float) -> None:
         """Logs with nnU-Net's logger, which takes one value an epoch of keys that it knows. Epochs before a key's
@@ -94,9 +102,12 @@ class ReliableTraining(_Trainer):
         curve.extend([math.nan] * (self.current_epoch - len(curve)))
         self.logger.log(name, value, self.current_epoch)
 
-    def _own_curves(self) -> dict[str, list[float]]:
-        logger = self.logger.local_logger
-        return {name: logger.my_fantastic_logging[name] for name in sorted(_own_keys(logger))}
+    def _continue_old_curves(self) -> None:
+        """Logs NaN for curves of an earlier part of the run that nobody continues: nnU-Net's plot would end there."""
+        curves = self.logger.local_logger.my_fantastic_logging
+        for name in set(curves) - set(LocalLogger().my_fantastic_logging):
+            if len(curves[name]) <= self.current_epoch:
+                self._log(name, math.nan)
 
 
 def gather_from_ranks(values: list[float]) -> list[float]:
@@ -106,7 +117,3 @@ def gather_from_ranks(values: list[float]) -> list[float]:
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, values)
     return [value for of_rank in gathered for value in of_rank]
-
-
-def _own_keys(logger: LocalLogger) -> set[str]:
-    return set(logger.my_fantastic_logging) - set(LocalLogger().my_fantastic_logging)

@@ -19,7 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from workspace import SHAPE
 
 from nnunetv2_selfreg import cli
-from nnunetv2_selfreg.data import preprocessing
+from nnunetv2_selfreg.data import images, preprocessing
 from nnunetv2_selfreg.errors import CommandError
 
 GOOD = ("new_000", "new_001")
@@ -246,13 +246,13 @@ def test_no_usable_image(workspace, capsys):
 
 
 def test_values_of_other_formats_are_checked_too():
-    with pytest.raises(preprocessing.BadImageError, match="1 values are NaN"):
-        preprocessing.check_image(np.array([[[[1, np.inf]]]]), ["T1"], True)
+    with pytest.raises(images.BadImageError, match="1 values are NaN"):
+        images.check_image(np.array([[[[1, np.inf]]]]), ["T1"], True)
 
 
 @pytest.mark.parametrize(("shape", "is_2d"), [((2, 1, 8, 8), True), ((2, 8, 8, 8), False)])
 def test_image_that_fits_its_data_set(shape, is_2d):
-    preprocessing.check_image(np.zeros(shape), ["T1", "T2"], is_2d)
+    images.check_image(np.zeros(shape), ["T1", "T2"], is_2d)
 
 
 @pytest.mark.parametrize(
@@ -264,8 +264,8 @@ def test_image_that_fits_its_data_set(shape, is_2d):
     ],
 )
 def test_image_that_does_not_fit_its_data_set(shape, is_2d, reason):
-    with pytest.raises(preprocessing.BadImageError, match=reason):
-        preprocessing.check_image(np.zeros(shape), ["T1", "T2"], is_2d)
+    with pytest.raises(images.BadImageError, match=reason):
+        images.check_image(np.zeros(shape), ["T1", "T2"], is_2d)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from batchgenerators.utilities.file_and_folder_operations import save_json
 from hypothesis import given
 from hypothesis import strategies as st
-from workspace import Run, write_json
+from workspace import Run
 
 from nnunetv2_selfreg import cli
 from nnunetv2_selfreg.data.splits import new_fold
@@ -74,7 +75,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
     folder = tmp_path / "Dataset005_Few"
     (folder / "gt_segmentations").mkdir(parents=True)
-    write_json({"file_ending": ".nii.gz"}, folder / "dataset.json")
+    save_json({"file_ending": ".nii.gz"}, str(folder / "dataset.json"))
     for case in CASES[:6]:
         (folder / "gt_segmentations" / f"{case}.nii.gz").touch()
     return folder
@@ -86,7 +87,7 @@ def read(folder: Path) -> list:
 
 def test_fold_is_appended_and_the_lines_to_train_are_printed(folder, capsys):
     own = [{"train": ["b", "a"], "val": ["c"], "remark": "kept"}, {"train": [], "val": []}]
-    write_json(own, folder / "splits_final.json")
+    save_json(own, str(folder / "splits_final.json"))
     assert cli.main(["split", "-d", "5", "--labeled", "2", "--val", "1", "--sorted"]) == 0
     assert read(folder) == [*own, {"train": CASES[:2], "unlabeled": CASES[2:5], "val": CASES[5:6]}]
     printed = capsys.readouterr().out

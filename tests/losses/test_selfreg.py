@@ -131,6 +131,13 @@ def test_single_channel_has_nothing_to_distil():
     assert internal_feature_distillation(torch.ones(2, 1, 4, 4)) == 0
 
 
+def test_index_tensors_must_be_of_one_length():
+    with pytest.raises(ValueError, match="2 indices for feature and 1 for final"):
+        semantic_consistency(
+            torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), (torch.tensor([0, 1]), torch.tensor([0]))
+        )
+
+
 def test_half_precision_features_are_compared_in_single_precision():
     feature, final = 300 * torch.ones(1, 4, 8, 8, dtype=torch.bfloat16), torch.zeros(1, 4, 8, 8, dtype=torch.bfloat16)
     assert semantic_consistency(feature, final).dtype == torch.float32
@@ -167,11 +174,13 @@ class FixedTaps:
         return self.features
 
 
-@pytest.fixture
-def u_net_features():
-    encoder = [random((2, 6, 4, 8, 8)), random((2, 8, 2, 4, 4), 1)]  # 3D, first pooling anisotropic
+@pytest.fixture(params=["even", "uneven"])
+def u_net_features(request):
+    """3D, the first pooling anisotropic; of 16 x 16 or 15 x 15, which 8 and 4 do not divide."""
+    encoder = [random((2, 6, 4, 8, 8)), random((2, 8, 2, 4, 4), 1)]
     decoder = [random((2, 6, 4, 8, 8), 2)]
-    return encoder, decoder, random((2, 4, 4, 16, 16), 3)
+    side = {"even": 16, "uneven": 15}[request.param]
+    return encoder, decoder, random((2, 4, 4, side, side), 3)
 
 
 def test_loss_averages_over_blocks_as_the_released_program(u_net_features, monkeypatch):

@@ -90,8 +90,52 @@ def test_what_is_no_data_set_is_one_clear_error(damage, data, monkeypatch, capsy
 def stages(data, tmp_path):
     arguments = SimpleNamespace(data=data, folder=tmp_path / "run", cases=24, epochs=1, iterations=1)
     made = demo.Demo(arguments, demo.raw_cases(data))
+    made.make_folder()
     made.write_raw()
     return made
+
+
+def test_data_set_that_the_demo_would_empty_is_refused(data, monkeypatch, capsys):
+    status, error = run_main(monkeypatch, capsys, data, "--folder", str(data.parent))
+    assert status == 2
+    assert "which the demo would empty" in error
+    assert len(demo.raw_cases(data)) == 9
+
+
+def test_folder_of_somebody_else_is_refused(data, monkeypatch, capsys, tmp_path):
+    theirs = tmp_path / "run" / data.name / "thesis.tex"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("")
+    status, error = run_main(monkeypatch, capsys, data, "--folder", str(tmp_path / "run"))
+    assert status == 2
+    assert "is not an earlier demo's" in error
+    assert theirs.is_file()
+
+
+def test_earlier_demo_is_replaced(stages):
+    stages.make_folder()
+    assert not stages.raw.exists()
+
+
+def test_files_named_in_dataset_json_are_linked_under_nnunets_names(data, tmp_path):
+    content = json.loads((data / "dataset.json").read_text())
+    elsewhere = data / "somewhere"
+    elsewhere.mkdir()
+    content["dataset"] = {}
+    for number, image in enumerate(sorted((data / "imagesTr").iterdir())):
+        label = data / "labelsTr" / image.name.replace("_0000", "")
+        image.rename(elsewhere / f"scan{number}.nii.gz")
+        label.rename(elsewhere / f"mask{number}.nii.gz")
+        files = {"images": [f"somewhere/scan{number}.nii.gz"], "label": f"somewhere/mask{number}.nii.gz"}
+        content["dataset"][f"case{number}"] = files
+    (data / "dataset.json").write_text(json.dumps(content))
+    arguments = SimpleNamespace(data=data, folder=tmp_path / "run", cases=24, epochs=1, iterations=1)
+    made = demo.Demo(arguments, demo.raw_cases(data))
+    made.make_folder()
+    made.write_raw()
+    assert (made.raw / "imagesTs" / "case8_0000.nii.gz").resolve() == (elsewhere / "scan8.nii.gz").resolve()
+    assert (made.raw / "labelsTs" / "case8.nii.gz").is_file()
+    assert "dataset" not in made.description
 
 
 def test_held_out_cases_are_not_among_the_training_cases(stages):

@@ -1,9 +1,13 @@
 """Training length as a suffix, looked up exactly as nnU-Net's commands do."""
 
+import os
+import shutil
+
 import pytest
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
 from workspace import Run
 
+from nnunetv2_selfreg import discovery
 from nnunetv2_selfreg.training import length
 
 
@@ -16,7 +20,7 @@ def folder_of_a_user(tmp_path, monkeypatch):
         for name, text in modules.items():
             (tmp_path / f"{name}.py").write_text(text)
         folders = [str(nnUNet_extTrainer), str(tmp_path)]
-        monkeypatch.setenv("nnUNet_extTrainer", ":".join(reversed(folders) if before else folders))
+        monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join(reversed(folders) if before else folders))
         return tmp_path
 
     return make
@@ -72,10 +76,18 @@ def test_trainer_of_a_user_takes_a_suffix(folder_of_a_user, before):
 
 
 def test_two_copies_of_this_package_do_not_ask_each_other_for_ever(folder_of_a_user):
-    module = "from nnunetv2_selfreg.training.length import trainer_of_length\n"
-    module += "def __getattr__(name):\n    return trainer_of_length(name, own_module=__file__)\n"
-    folder_of_a_user(nnUNetTrainer_training_length=module)
+    copy = (discovery.trainers_folder() / "nnUNetTrainer_training_length.py").read_text()
+    folder_of_a_user(nnUNetTrainer_training_length=copy)
     assert find("nnUNetTrainer_3epochs").__name__ == "nnUNetTrainer_3epochs"
+
+
+@pytest.mark.parametrize("module", ["aaa", "zzz"])
+def test_class_in_this_packages_own_folder_wins(module, tmp_path, monkeypatch):
+    folder = shutil.copytree(discovery.trainers_folder(), tmp_path / "trainers")
+    (folder / f"{module}.py").write_text(OWN.format(name="nnUNetTrainer_3epochs"))
+    monkeypatch.setenv("nnUNet_extTrainer", str(folder))
+    assert find("nnUNetTrainer_3epochs").mine
+    assert not hasattr(find("nnUNetTrainer_4epochs"), "mine")
 
 
 @pytest.mark.parametrize(
@@ -89,6 +101,7 @@ def test_two_copies_of_this_package_do_not_ask_each_other_for_ever(folder_of_a_u
         "_20iters",
         "_2epochs_20iterations",
         "_05epochs",
+        "_5epochs_3epochs",
     ],
 )
 def test_malformed_suffix_names_the_accepted_form(suffix):
@@ -104,4 +117,4 @@ def test_unknown_trainer_is_nnunets_own_error(name):
 
 def test_other_names_are_not_answered():
     with pytest.raises(AttributeError):
-        length.trainer_of_length("__path__", __file__)
+        length.trainer_of_length("__path__")

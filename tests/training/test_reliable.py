@@ -1,8 +1,6 @@
 """Checkpoints that survive a kill, and no training on nonsense."""
 
 import math
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from workspace import Run
+from workspace import InProcess, Run, command
 
 SELFREG = "nnUNetTrainerSelfReg_2epochs_2iters"
 
@@ -47,36 +45,42 @@ def test_disabled_checkpointing_writes_nothing(run):
     assert not list(run.folder.glob("checkpoint*"))
 
 
-SAVE_FOR_EVER = """
-import sys
+HALF_A_CHECKPOINT = """
+import sys, time
 sys.path[:0] = {path!r}
-from workspace import Run
-trainer = Run({data_set!r}, "2d", {trainer!r}).build()
-trainer.initialize()
-while True:
-    trainer.save_checkpoint({file!r})
-    print("saved", flush=True)
+import torch
+from workspace import InProcess, Run, command
+
+whole, saves = torch.save, []
+
+def save(checkpoint, file):
+    saves.append(file)
+    if len(saves) == {number}:
+        whole(checkpoint, file)
+        with open(file, "r+b") as half:
+            half.truncate(1000)
+        print("half", file, flush=True)
+        time.sleep(600)
+    whole(checkpoint, file)
+
+torch.save = save
+Run({data_set!r}, "2d", {trainer!r}).build().run_training()
 """
 
 
-def test_kill_while_a_checkpoint_is_written(run):
-    """Killed at several moments of an endless series of saves, the checkpoint loads each time."""
-    file = str(run.folder / "checkpoint_latest.pth")
-    script = SAVE_FOR_EVER.format(path=sys.path, data_set=run.data_set, trainer=run.trainer, file=file)
+@pytest.mark.parametrize(("number", "left"), [(1, []), (2, ["checkpoint_latest.pth"])])
+def test_kill_while_a_checkpoint_is_written(run, number, left):
+    """Killed with half of the first or second checkpoint written; nnUNetv2_train --c goes on to the end."""
+    script = HALF_A_CHECKPOINT.format(path=sys.path, data_set=run.data_set, trainer=run.trainer, number=number)
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("saved"):
-                break
-        process.send_signal(signal.SIGSTOP)  # wherever it is now, most likely while it writes
-        for _ in range(5):
-            torch.load(file, weights_only=False)
-            process.send_signal(signal.SIGCONT)
-            os.sched_yield()
-            process.send_signal(signal.SIGSTOP)
+        assert any(line.startswith("half") for line in process.stdout)
         process.kill()
-    trainer = run.build(continue_training=True)
-    trainer.load_checkpoint(file)
-    trainer.save_checkpoint(file)
+    assert [file.name for file in run.folder.glob("checkpoint*.pth")] == left
+    assert len(list(run.folder.glob("*.part"))) == 1
+    for name in left:
+        assert run.load(name)["current_epoch"] == 1
+    command("nnUNetv2_train", run.data_set, run.configuration, "0", "-tr", run.trainer, "-device", "cpu", "--c")
+    assert run.load()["current_epoch"] == 2
     assert not list(run.folder.glob("*.part"))  # what the kill left was written over
 
 
@@ -92,8 +96,10 @@ def test_non_finite_training_loss_stops_with_the_term_the_epoch_and_the_cases(ru
     with pytest.raises(FloatingPointError) as error:
         trainer.train_step(batch)
     message = str(error.value)
-    for name in ("epoch 0", "segmentation is nan", "scr is nan", "ifd is nan", *batch["keys"], str(run.folder)):
+    for name in ("epoch 0", "segmentation is nan", "scr is nan", "ifd is nan", *batch["keys"]):
         assert name in message
+    assert message.endswith(f"There is no checkpoint in {run.folder} yet: start again.")
+    assert message in next(run.folder.glob("training_log*.txt")).read_text()
 
 
 def test_only_the_term_at_fault_is_named(run, monkeypatch):
@@ -105,7 +111,8 @@ def test_only_the_term_at_fault_is_named(run, monkeypatch):
 
 
 def test_non_finite_loss_stops_the_run_before_anything_is_saved(run):
-    """The weights break in the last step of an epoch: validation notices, and the checkpoint stays the good one."""
+    """The weights break in the last step of an epoch: validation notices, the checkpoint stays the good one, and the
+    training goes on from it."""
     trainer = run.build()
     trainer.on_train_start()
     trainer.save_checkpoint(str(run.folder / "checkpoint_latest.pth"))
@@ -119,9 +126,11 @@ def test_non_finite_loss_stops_the_run_before_anything_is_saved(run):
 
     trainer.num_iterations_per_epoch = 1
     trainer.optimise = last_step_breaks_the_weights
-    with pytest.raises(FloatingPointError, match="validation loss is nan"):
+    with pytest.raises(FloatingPointError, match=r"validation loss is nan.*--c continues from checkpoint_latest\.pth"):
         trainer.run_training()
     assert (run.folder / "checkpoint_latest.pth").read_bytes() == good
+    InProcess().resume(run)
+    assert run.load()["current_epoch"] == 2
 
 
 def test_terms_are_means_over_the_epoch(run, monkeypatch):
@@ -145,12 +154,36 @@ def test_terms_reach_every_logger_that_nnunet_logs_to(run):
             self.append((key, value, step))
 
     trainer = run.build()
-    trainer.logger.loggers.append(ListLogger())
     trainer.on_train_start()
+    trainer.logger.loggers.append(ListLogger())
     trainer.on_train_epoch_start()
     trainer.on_train_epoch_end([trainer.train_step(next(trainer.dataloader_train))])
     logged = {(key, step) for key, _, step in trainer.logger.loggers[0]}
     assert {("segmentation", 0), ("scr", 0), ("ifd", 0), ("train_losses", 0)} <= logged
+
+
+def test_curves_of_others_are_left_alone(run, capsys):
+    """A mixin that logs its own curve later in the epoch, after the terms."""
+    trainer = run.build()
+    end = trainer.on_validation_epoch_end
+
+    def with_a_curve_of_its_own(outputs):
+        end(outputs)
+        trainer._log("teacher_dice", 0.5)
+
+    trainer.on_validation_epoch_end = with_a_curve_of_its_own
+    trainer.run_training()
+    assert trainer.logger.get_value("teacher_dice", None) == [0.5, 0.5]
+    assert "logging issue" not in capsys.readouterr().out
+
+
+def test_further_outputs_of_a_step_and_a_missing_picture_do_no_harm(run):
+    trainer = run.build()
+    step = trainer.optimise
+    trainer.optimise = lambda batch: {**step(batch), "names": list(batch["keys"])}
+    trainer.logger.plot_progress_png = lambda folder: None
+    trainer.run_training()
+    assert run.load()["current_epoch"] == 2
 
 
 def test_progress_picture_grows_by_the_panel_of_the_terms(run):

@@ -1,6 +1,7 @@
 """SelfReg inside nnU-Net's training: what changes, and what must not."""
 
 import math
+import weakref
 from functools import partial
 
 import pytest
@@ -83,14 +84,24 @@ def test_validation_loss_is_stock_and_nothing_is_collected(build, batches):
         with torch.no_grad():
             losses.append(trainer.validation_step(batches[0])["loss"])
     assert losses[0] == losses[1]
-    assert mine.loss.taps._collected.count(None) == len(mine.loss.taps._collected)
+    assert mine.loss.taps.empty
 
 
-def test_no_feature_outlives_its_step(build, batches):
+def test_no_feature_outlives_its_step(build, batches, monkeypatch):
     trainer = build(SelfReg)
+    seen = []
+    take = trainer.loss.taps.take
+
+    def watched_take():
+        encoder, decoder, final = take()
+        seen.extend(weakref.ref(feature) for feature in (*encoder, *decoder, final))
+        return encoder, decoder, final
+
+    monkeypatch.setattr(trainer.loss.taps, "take", watched_take)
     trainer.train_step(batches[0])
-    assert all(feature is None for feature in trainer.loss.taps._collected)
-    assert not any(term.requires_grad for term in trainer.loss.terms.values())
+    assert len(seen) == 4
+    assert all(feature() is None for feature in seen)
+    assert trainer.loss.taps.empty
 
 
 def test_state_dict_is_stocks_own(build):
@@ -172,15 +183,16 @@ def test_compiled_network(build, batches, monkeypatch):
     compiled.network.eval()
     with torch.no_grad():
         compiled.validation_step(batches[0])
-    assert all(feature is None for feature in compiled.loss.taps._collected)
+    assert compiled.loss.taps.empty
 
 
-def test_autocast_computes_the_terms_in_single_precision(build, batches):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_the_terms_in_single_precision(build, batches, dtype):
     trainer = build(SelfReg)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         output = trainer.network(batches[0]["data"])
         loss = trainer.loss([o.float() for o in output], batches[0]["target"])
-    assert output[0].dtype == torch.bfloat16
+    assert output[0].dtype == dtype
     assert trainer.loss.terms["scr"].dtype == trainer.loss.terms["ifd"].dtype == torch.float32
     loss.backward()
 
@@ -207,7 +219,7 @@ def test_plan_with_two_resolution_stages_is_an_error(build):
                 network[key] = value[:2]
         network["n_stages"], network["n_conv_per_stage_decoder"] = 2, [1]
 
-    with pytest.raises(NotImplementedError, match="1 decoder stage"):
+    with pytest.raises(NotImplementedError, match="1 decoder stages"):
         build(SelfReg, change=shallow)
 
 
@@ -222,7 +234,7 @@ def test_paper_variants_are_one_attribute_away(build, batches):
     assert isinstance(trainer.loss, SelfRegularizedLoss)
     assert (trainer.loss.ifd_order, trainer.loss.ifd_stop_gradient) == ("index", True)
     assert trainer.train_step(batches[0])["ifd"] > 0
-    with pytest.raises(ValueError, match="order is 'best'"):
+    with pytest.raises(ValueError, match="order of channels in IFD is 'best'"):
         build(SelfReg, ifd_order="best")
 
 

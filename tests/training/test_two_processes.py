@@ -41,7 +41,7 @@ def train(rank: int, folder: str, run: Run) -> None:
             "outputs": outputs,
             "weights": [p.detach() for p in trainer.network.parameters()],
             "curves": trainer.logger.local_logger.my_fantastic_logging,
-            "collected": trainer.loss.taps._collected,
+            "empty": trainer.loss.taps.empty,
         },
         f"{folder}/rank{rank}.pth",
     )
@@ -75,5 +75,5 @@ def test_terms_are_means_over_all_ranks(ranks):
 
 def test_nothing_is_kept_and_one_rank_writes(ranks):
     results, files = ranks
-    assert all(feature is None for result in results for feature in result["collected"])
+    assert all(result["empty"] for result in results)
     assert sorted(f for f in files if f.endswith((".pth", ".part"))) == ["checkpoint_best.pth", "checkpoint_final.pth"]
