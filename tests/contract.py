@@ -42,6 +42,9 @@ class TrainerContract:
     network_is_stock = True
     """Whether the planned network is trained, so that stock nnU-Net can use the weights."""
 
+    trains_cascades = True
+    """Whether a cascade trains, or NotImplementedError says that it does not."""
+
     @pytest.mark.parametrize(("variant", "configuration"), CELLS)
     def test_trains_resumes_validates_and_predicts(self, variant, configuration, cells, tmp_path):
         run = cells.trained(variant, configuration)
@@ -52,6 +55,11 @@ class TrainerContract:
             self.check_stock_prediction(run, tmp_path, tmp_path / "stock")
 
     def test_cascade(self, cells, tmp_path):
+        if not self.trains_cascades:
+            run = Run(cells.data_sets.name("labels"), "3d_cascade_fullres", self.trainer)
+            with pytest.raises(NotImplementedError, match="3d_cascade_fullres"):
+                run.build().initialize()
+            return
         low = cells.trained("labels", "3d_lowres", "all")  # so that all cases are predicted for the next stage
         cells.runner.predict(low, low.raw / "imagesTs", tmp_path / "low")
         run = cells.trained("labels", "3d_cascade_fullres")

@@ -105,12 +105,17 @@ def _preprocess(raw: Path, name: str) -> None:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
+    from nnunetv2_selfreg.data.preprocessing import preprocess_unlabeled
+
     folder = Path(os.environ["nnUNet_preprocessed"]) / name
     description = load_json(str(raw / "dataset.json"))
     save_json(description, str(folder / "dataset.json"), sort_keys=False)
     shutil.copytree(raw / "labelsTr", folder / "gt_segmentations")
     cases = sorted(get_filenames_of_train_images_and_targets(str(raw), description))
-    splits = [{"train": cases[:-2], "val": cases[-2:]}, {"train": cases[2:], "val": cases[:2]}]
+    splits = [
+        {"train": cases[:-3], "unlabeled": [cases[-3]], "val": cases[-2:]},
+        {"train": cases[3:], "unlabeled": [cases[2]], "val": cases[:2]},
+    ]
     save_json(splits, str(folder / "splits_final.json"))
     plans = PlansManager(str(folder / "nnUNetPlans.json"))
     for configuration_name in CONFIGURATIONS:
@@ -122,6 +127,7 @@ def _preprocess(raw: Path, name: str) -> None:
             preprocessor.run_case_save(
                 str(output / identifier), files["images"], files["label"], plans, configuration, description
             )
+    preprocess_unlabeled(name, CONFIGURATIONS, raw / "imagesTs", processes=1)
 
 
 @dataclass(frozen=True)

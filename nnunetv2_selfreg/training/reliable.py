@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from torch import Tensor
 from torch import distributed as dist
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer as _Trainer
 else:
     _Trainer = object  # a mixin: the composed class brings the trainer
+
+
+EXTRA_STATE = "nnunetv2_selfreg"  # the key of our entries in nnU-Net's checkpoints
 
 
 class ReliableTraining(_Trainer):
@@ -58,8 +62,7 @@ class ReliableTraining(_Trainer):
             for name in self.loss_terms()
         }
         for name, value in terms.items():
-            self._log(name, value)
-            self.print_to_log_file(name, np.round(value, decimals=4))
+            self.log_epoch_value(name, value)
 
     def on_epoch_end(self) -> None:
         self._continue_old_curves()
@@ -74,6 +77,26 @@ class ReliableTraining(_Trainer):
             return
         with replacing(filename) as part:
             super().save_checkpoint(part)
+            self._add_extra_state(part)
+
+    def extra_state(self) -> dict:
+        """What a trainer keeps in its checkpoints beside nnU-Net's entries: tensors and plain values by name."""
+        return {}
+
+    def load_extra_state(self, state: dict, filename: str) -> None:
+        """Restores :meth:`extra_state`; `{}` if `filename` has none, as a stock checkpoint."""
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        super().load_checkpoint(filename_or_checkpoint)
+        checkpoint = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False)
+        self.load_extra_state(checkpoint.get(EXTRA_STATE, {}), filename_or_checkpoint)
+
+    def _add_extra_state(self, filename: str) -> None:
+        # nnU-Net builds and writes its dictionary in one function, so the file is read and written again.
+        state = self.extra_state()
+        if state:
+            checkpoint = torch.load(filename, map_location="cpu", weights_only=False)
+            torch.save({**checkpoint, EXTRA_STATE: state}, filename)
 
     def _stop_unless_finite(self, losses: dict, batch: dict) -> None:
         bad = {name: float(value) for name, value in losses.items() if not math.isfinite(value)}
@@ -94,6 +117,11 @@ class ReliableTraining(_Trainer):
                 return f"--c continues from {name} in {self.output_folder}, which was written before this."
         return f"There is no checkpoint in {self.output_folder} yet: start again."
 
+    def log_epoch_value(self, name: str, value: float) -> None:
+        """Logs a value of this epoch with nnU-Net's logger and prints it to the log file; once an epoch for a name."""
+        self._log(name, value)
+        self.print_to_log_file(name, np.round(value, decimals=4))
+
     def _log(self, name: str, value: float) -> None:
         """Logs with nnU-Net's logger, which takes one value an epoch of keys that it knows. Epochs before a key's
         first one, as after resuming a stock checkpoint, are NaN."""
@@ -110,7 +138,12 @@ class ReliableTraining(_Trainer):
                 self._log(name, math.nan)
 
 
-def gather_from_ranks(values: list[float]) -> list[float]:
+def sum_over_ranks(array: np.ndarray) -> np.ndarray:
+    """The sum of the arrays of all processes."""
+    return np.sum(gather_from_ranks([array]), 0)
+
+
+def gather_from_ranks(values: list) -> list:
     """The values of all processes, in the order of their ranks; `values` itself without a process group."""
     if not (dist.is_available() and dist.is_initialized()):
         return values

@@ -1,0 +1,169 @@
+"""The step that all semi-supervised trainers share, and the data that it takes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.helpers import dummy_context
+from torch import Tensor
+from torch import distributed as dist
+
+from nnunetv2_selfreg.data.two_stream import TwoStreamLoader, UnlabeledLoader
+from nnunetv2_selfreg.data.unlabeled import UnlabeledPool, find_pool
+from nnunetv2_selfreg.losses.consistency import gaussian_ramp_up
+from nnunetv2_selfreg.training.reliable import ReliableTraining
+
+
+class SemiSupervised(ReliableTraining):
+    """Trains on batches whose first samples are labelled (see TwoStreamLoader for the batch).
+
+    A family implements :meth:`semi_supervised_loss`, and :meth:`after_step` if something follows the optimiser. The
+    cascade is not supported: an unlabelled case has no segmentation of the stage before.
+    """
+
+    unlabeled_batch_size: int | None = None
+    """Unlabelled samples a step, on top of the plan's batch, divided among GPUs; None: as many as the plan's batch."""
+    ramp_up_length: float = 1.0
+    """Share of the training after which the unlabelled term has its full weight; the ramp is Gaussian."""
+
+    _steps_in_epoch = 0
+
+    def semi_supervised_loss(self, output: Sequence[Tensor], target, batch: dict) -> Tensor:
+        """The loss of a step.
+
+        Args:
+            output: the network's outputs for `batch["data"]`, `(L + U, K, *spatial)`, highest resolution first; one
+                without deep supervision.
+            target: of the `L` labelled samples, as nnU-Net's loss takes it.
+            batch: the batch on the device.
+        """
+        raise NotImplementedError
+
+    def after_step(self) -> None:
+        """Called after the optimiser."""
+
+    def supervised_loss(self, output: Sequence[Tensor], target) -> Tensor:
+        """The trainer's loss of the labelled samples."""
+        if isinstance(target, list):
+            return self.loss([scale[: len(target[0])] for scale in output], target)
+        return self.loss(output[0][: len(target)], target)
+
+    @property
+    def ramp(self) -> float:
+        """Weight of the unlabelled term at this step, see :func:`gaussian_ramp_up`."""
+        done = self.current_epoch + self._steps_in_epoch / self.num_iterations_per_epoch
+        return gaussian_ramp_up(done / self.num_epochs, self.ramp_up_length)
+
+    def initialize(self) -> None:
+        if self.is_cascaded:
+            raise NotImplementedError(
+                f"{type(self).__name__} cannot train {self.configuration_name}: unlabelled cases have no segmentation "
+                "of the previous stage. Use 3d_fullres or 3d_lowres."
+            )
+        super().initialize()
+
+    def on_train_epoch_start(self) -> None:
+        self._steps_in_epoch = 0
+        super().on_train_epoch_start()
+
+    def optimise(self, batch: dict) -> dict:
+        # nnU-Net's train_step with another loss: it has no seam between forward pass and loss.
+        batch = {**batch, **{name: self._to_device(batch[name]) for name in ("data", "data_weak", "target")}}
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
+            output = self.network(batch["data"])
+            output = output if isinstance(output, (list, tuple)) else [output]
+            loss = self.semi_supervised_loss(output, batch["target"], batch)
+        if self.grad_scaler is not None:
+            self.grad_scaler.scale(loss).backward()
+            self.grad_scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        else:
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+            self.optimizer.step()
+        self.after_step()
+        self._steps_in_epoch += 1
+        return {"loss": loss.detach().cpu().numpy()}
+
+    def _to_device(self, value):
+        if isinstance(value, list):
+            return [self._to_device(part) for part in value]
+        return value.to(self.device, non_blocking=True)
+
+    def unlabeled_pool(self) -> UnlabeledPool:
+        """The images that this fold trains on without labels; errors as in :func:`find_pool`."""
+        train, val = self.do_split()
+        # With fold `all` nnU-Net validates on what it trains on.
+        fold = {"train": train, "val": val, "unlabeled": self._listed_as_unlabeled()}
+        return find_pool(Path(self.preprocessed_dataset_folder), fold, self.fold)
+
+    def _listed_as_unlabeled(self) -> list[str]:
+        if self.fold == "all":
+            return []
+        splits = load_json(str(Path(self.preprocessed_dataset_folder_base) / "splits_final.json"))
+        return splits[self.fold].get("unlabeled", []) if self.fold < len(splits) else []
+
+    def get_dataloaders(self):
+        pool = self.unlabeled_pool()  # its errors come before any worker starts
+        with _without_workers():  # they go around both streams, below
+            train, val = super().get_dataloaders()
+        unlabeled = UnlabeledLoader(pool, self._unlabeled_of_this_rank(), like=train.data_loader)
+        self.print_to_log_file(
+            f"{len(pool.identifiers)} unlabelled cases, {unlabeled.batch_size} samples of them a step"
+        )
+        loaders = TwoStreamLoader(train.data_loader, unlabeled), val.data_loader
+        workers = get_allowed_n_proc_DA()
+        augmenters = self._in_workers(loaders[0], workers, 6), self._in_workers(loaders[1], (workers + 1) // 2, 3)
+        for augmenter in augmenters:
+            next(augmenter)
+        return augmenters
+
+    def _in_workers(self, loader, workers: int, cached: int):
+        """As nnUNetTrainer.get_dataloaders does."""
+        if workers == 0:
+            return SingleThreadedAugmenter(loader, None)
+        return NonDetMultiThreadedAugmenter(
+            data_loader=loader,
+            transform=None,
+            num_processes=workers,
+            num_cached=max(cached, workers // 2),
+            seeds=None,
+            pin_memory=self.device.type == "cuda",
+            wait_time=0.002,
+        )
+
+    def _unlabeled_of_this_rank(self) -> int:
+        if self.unlabeled_batch_size is None:
+            return self.batch_size
+        if self.unlabeled_batch_size < 1:
+            raise ValueError(f"unlabeled_batch_size is {self.unlabeled_batch_size}, it must be 1 at least, or None")
+        world = dist.get_world_size() if self.is_ddp else 1
+        share, rest = divmod(self.unlabeled_batch_size, world)
+        if share + (self.local_rank < rest) < 1:
+            raise ValueError(f"unlabeled_batch_size is {self.unlabeled_batch_size}, fewer than the {world} processes")
+        return share + (self.local_rank < rest)
+
+
+@contextmanager
+def _without_workers() -> Iterator[None]:
+    """nnU-Net loads in this process meanwhile."""
+    before = os.environ.get("nnUNet_n_proc_DA")
+    os.environ["nnUNet_n_proc_DA"] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["nnUNet_n_proc_DA"]
+        else:
+            os.environ["nnUNet_n_proc_DA"] = before

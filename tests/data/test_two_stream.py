@@ -1,0 +1,131 @@
+"""The batch of two streams: its parts, the geometry of the views, the modes of loading."""
+
+import multiprocessing
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from workspace import Run
+
+from nnunetv2_selfreg.data.two_stream import TwoViews, outside_of_body
+
+
+def transforms(dimension: int, dummy_2d: bool = False, masks: bool = False):
+    patch = (16,) * dimension
+    axes = tuple(range(dimension))
+    return nnUNetTrainer.get_training_transforms(
+        patch, (-0.5, 0.5), [[1.0] * dimension, [0.5] * dimension], axes, dummy_2d, use_mask_for_norm=[masks, False]
+    )
+
+
+CASES = [(2, False), (3, False), (3, True)]
+
+
+def image(dimension: int, dummy_2d: bool = False) -> torch.Tensor:
+    """Two equal channels: a body, brighter to one corner, with nothing around it. Dummy 2D crops no larger in depth."""
+    shape = (16, 20, 20) if dummy_2d else (20,) * dimension
+    body = torch.zeros((1, *shape))
+    body[(0, *[slice(3, n - 3) for n in shape])] = 1
+    ramp = sum(torch.meshgrid(*(torch.linspace(0, 1, n) for n in shape), indexing="ij"))
+    return (body * (0.5 + ramp)).repeat(2, *[1] * dimension)
+
+
+@pytest.mark.parametrize(("dimension", "dummy_2d"), CASES)
+def test_views_differ_in_intensities_only(dimension, dummy_2d):
+    views = TwoViews(transforms(dimension, dummy_2d))
+    differ = 0
+    for seed in range(25):
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 (some transforms draw from it)
+        strong, weak = views(image(dimension, dummy_2d))
+        assert strong.shape == weak.shape == (2, *[16] * dimension)
+        differ += not torch.equal(strong, weak)
+        correlation = np.corrcoef(strong[0].flatten(), weak[0].flatten())[0, 1]
+        assert abs(correlation) > 0.4, seed  # the same geometry; gamma may invert, blur and noise may be strong
+    assert differ > 10
+
+
+@pytest.mark.parametrize(("dimension", "dummy_2d"), CASES)
+def test_weak_view_is_what_the_spatial_transforms_make(dimension, dummy_2d):
+    """nnU-Net's list with its intensity transforms switched off draws the same geometry."""
+    everything = transforms(dimension, dummy_2d)
+    for transform in everything.transforms:
+        if hasattr(transform, "apply_probability"):
+            transform.apply_probability = 0
+    views = TwoViews(everything)
+    strong, weak = views(image(dimension, dummy_2d))
+    torch.testing.assert_close(strong, weak, rtol=0, atol=0)
+    assert weak.max() > 0
+
+
+def test_masked_channels_are_zero_outside_of_the_body_in_both_views():
+    views = TwoViews(transforms(3, masks=True))
+    for seed in range(10):
+        torch.manual_seed(seed)
+        strong, weak = views(image(3))
+        outside = weak[1].abs() < 1e-6
+        assert outside.any()
+        for view in (strong, weak):
+            assert (view[0][outside & (weak[0] == 0)] == 0).float().mean() > 0.95
+
+
+def test_mask_is_the_images_own_with_holes_filled():
+    picture = torch.zeros(2, 7, 7)
+    picture[0, 2:5, 2:5] = 1
+    picture[0, 3, 3] = 0
+    mask = outside_of_body(picture)
+    assert mask.shape == (1, 7, 7)
+    assert mask.dtype == torch.int16
+    assert set(mask.unique().tolist()) == {-1, 0}
+    assert mask[0, 3, 3] == 0
+    assert (mask == 0).sum() == 9
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+@pytest.mark.parametrize("variant", ["labels", "regions_ignore"])
+def test_batch_is_as_the_design_says(variant, configuration, data_sets):
+    trainer = Run(data_sets.name(variant), configuration, "nnUNetTrainerMeanTeacher_2epochs_2iters").build()
+    trainer.unlabeled_batch_size = 3
+    trainer.initialize()
+    loader, _ = trainer.get_dataloaders()
+    batch = next(loader)
+    patch = tuple(trainer.configuration_manager.patch_size)
+    assert batch["data"].shape == (2 + 3, 1, *patch)
+    assert batch["data_weak"].shape == (3, 1, *patch)
+    assert len(batch["target"][0]) == 2
+    train, val = trainer.do_split()
+    assert set(batch["keys"][:2]) <= set(train)
+    assert not set(batch["keys"][2:]) & {*train, *val}
+    assert {k for _ in range(5) for k in next(loader)["keys"][2:]} == set(trainer.unlabeled_pool().identifiers)
+
+
+def _load(loader, queue) -> None:
+    queue.put({key: value.shape for key, value in next(loader).items() if key.startswith("data")})
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_loader_goes_to_a_worker_however_it_is_started(method, data_sets):
+    trainer = Run(data_sets.name("labels"), "2d", "nnUNetTrainerMeanTeacher_2epochs_2iters").build()
+    trainer.initialize()
+    loader, _ = trainer.get_dataloaders()
+    if method == "fork":  # what is pickled is what spawn needs; starting three interpreters would only take longer
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+        worker = context.Process(target=_load, args=(loader.data_loader, queue))
+        worker.start()
+        assert queue.get(timeout=60)["data_weak"][0] == 2
+        worker.join()
+    else:
+        copy = pickle.loads(pickle.dumps(loader.data_loader))
+        assert len(next(copy)["data_weak"]) == 2
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_impossible_number_of_unlabelled_samples_is_an_error(number, data_sets):
+    trainer = Run(data_sets.name("labels"), "2d", "nnUNetTrainerMeanTeacher_2epochs_2iters").build()
+    trainer.unlabeled_batch_size = number
+    trainer.initialize()
+    with pytest.raises(ValueError, match=f"unlabeled_batch_size is {number}"):
+        trainer.get_dataloaders()

@@ -1,0 +1,247 @@
+"""The teacher: what it is, when it moves, what it serves, and that nothing of it is lost."""
+
+import copy
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from workspace import InProcess, Run
+
+from nnunetv2_selfreg.errors import CommandError
+
+NAME = "nnUNetTrainerMeanTeacher_4epochs_2iters"
+
+
+@pytest.fixture
+def run(data_sets, tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    return Run(data_sets.name("ignore"), "3d_fullres", NAME)
+
+
+def start(trainer):
+    """Weights that depend on nothing but the seed, loaders running."""
+    torch.manual_seed(0)
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    return trainer
+
+
+def seed(number: int) -> None:
+    torch.manual_seed(number)
+    np.random.seed(number)  # noqa: NPY002 (nnU-Net's loaders draw from it)
+
+
+def weights(module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def test_teacher_follows_the_closed_form_of_its_recursion(run):
+    trainer = start(run.build())
+    trainer.ema_decay = 0.6
+    first = weights(trainer.teacher.module)
+    torch.testing.assert_close(first, weights(trainer.network))
+    students, expected = [], first
+    for step in range(5):
+        trainer.train_step(next(trainer.dataloader_train))
+        students.append(weights(trainer.network))
+        a = min(1 - 1 / (step + 1), 0.6)
+        expected = [a * t + (1 - a) * s for t, s in zip(expected, students[-1], strict=True)]
+    torch.testing.assert_close(weights(trainer.teacher.module), expected)
+    assert not torch.equal(students[0][0], students[-1][0])
+
+
+def test_without_decay_the_teacher_is_the_student(run):
+    trainer = start(run.build())
+    trainer.ema_decay = 0.0
+    for _ in range(3):
+        trainer.train_step(next(trainer.dataloader_train))
+    torch.testing.assert_close(weights(trainer.teacher.module), weights(trainer.network), rtol=0, atol=0)
+
+
+def test_teacher_gets_no_gradient_and_runs_in_training_mode(run):
+    trainer = start(run.build())
+    trainer.train_step(next(trainer.dataloader_train))
+    assert all(p.grad is None for p in trainer.teacher.parameters())
+    assert trainer.teacher.module.training
+    assert trainer.network.training
+
+
+def test_selfreg_never_sees_the_teachers_features(run):
+    """SelfReg acts on the student's features of all samples; the teacher's pass in between leaves no trace."""
+    composed = Run(run.data_set, run.configuration, "nnUNetTrainerSelfRegMeanTeacher_4epochs_2iters")
+    trainer = start(composed.build())
+    batch = next(trainer.dataloader_train)
+    seen = []
+    take = trainer.loss.taps.take
+    trainer.loss.taps.take = lambda: seen.append(take()) or seen[-1]
+    run_teacher = trainer._run_teacher
+    trainer._run_teacher = lambda image: run_teacher(image + 100)
+    student = copy.deepcopy(trainer.network)
+    trainer.train_step(batch)
+    assert len(seen[0].final) == len(batch["data"])
+    expected = {}
+    student.decoder.stages[-1].register_forward_hook(lambda _m, _i, output: expected.update(final=output))
+    student(batch["data"])
+    torch.testing.assert_close(seen[0].final, expected["final"])
+
+
+def test_loss_is_the_supervised_loss_and_the_weighted_consistency(run):
+    trainer = start(run.build())
+    trainer.consistency_weight = 3.0
+    outputs = trainer.train_step(next(trainer.dataloader_train))
+    assert outputs["consistency_weight"] == pytest.approx(3 * np.exp(-5), rel=1e-5)
+    weighted = outputs["consistency_weight"] * outputs["consistency"]
+    assert outputs["loss"] == pytest.approx(outputs["segmentation"] + weighted, rel=1e-5)
+    trainer.current_epoch, trainer._steps_in_epoch = 1, 1  # 1.5 of 4 epochs; the ramp ends at 1.6
+    assert trainer.ramp == pytest.approx(np.exp(-5 * (1 - 0.375 / 0.4) ** 2))
+
+
+def test_labelled_part_alone_reaches_the_supervised_loss(run):
+    trainer = start(run.build())
+    batch = next(trainer.dataloader_train)
+    labelled = len(batch["target"][0])
+    assert len(batch["data"]) == labelled + len(batch["data_weak"]) == 4
+    changed = {**batch, "data": batch["data"].clone()}
+    changed["data"][labelled:] += 1
+    both = [copy.copy(trainer) for _ in range(2)]
+    losses = []
+    for one, its_batch in zip(both, (batch, changed), strict=True):
+        with torch.no_grad():
+            losses.append(float(one.supervised_loss(trainer.network(its_batch["data"]), batch["target"])))
+    assert losses[0] == losses[1]
+
+
+def finish(trainer) -> None:
+    """Trains to the end, each epoch from its own seed."""
+    begin = trainer.on_epoch_start
+    trainer.on_epoch_start = lambda: (seed(trainer.current_epoch), begin())
+    trainer.run_training()
+
+
+def test_resumed_training_equals_one_without_interruption(run, tmp_path, monkeypatch):
+    """4 epochs at once against 2 and 2: student, teacher, optimiser, ramp."""
+    torch.manual_seed(0)
+    whole = run.build()
+    finish(whole)
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "resumed"))
+    torch.manual_seed(0)
+    first = run.build()
+    on_epoch_start = first.on_epoch_start
+
+    def two_epochs():
+        if first.current_epoch == 2:
+            raise KeyboardInterrupt
+        on_epoch_start()
+
+    first.on_epoch_start = two_epochs
+    with pytest.raises(KeyboardInterrupt):
+        finish(first)
+    second = run.build(continue_training=True)
+    second.load_checkpoint(str(run.folder / "checkpoint_latest.pth"))
+    assert second.current_epoch == 2
+    assert second.teacher.n_averaged == 4
+    finish(second)
+    torch.testing.assert_close(weights(second.network), weights(whole.network), rtol=0, atol=0)
+    torch.testing.assert_close(weights(second.teacher), weights(whole.teacher), rtol=0, atol=0)
+    momenta = [[s["momentum_buffer"] for s in t.optimizer.state_dict()["state"].values()] for t in (whole, second)]
+    torch.testing.assert_close(momenta[1], momenta[0], rtol=0, atol=0)
+    curves = [t.logger.local_logger.my_fantastic_logging for t in (whole, second)]
+    for name in ("consistency_weight", "consistency", "train_losses", "student_dice", "mean_fg_dice"):
+        np.testing.assert_array_equal(curves[1][name], curves[0][name])
+
+
+def test_checkpoint_serves_the_teacher_and_keeps_the_student(run):
+    trainer = run.build()
+    trainer.num_epochs = 1
+    trainer.run_training()
+    checkpoint = run.load()
+    student = list(trainer.network.state_dict().values())
+    teacher = list(trainer.teacher.module.state_dict().values())
+    assert not torch.equal(student[0], teacher[0])
+    torch.testing.assert_close(list(checkpoint["network_weights"].values()), teacher)
+    torch.testing.assert_close(list(checkpoint["nnunetv2_selfreg"]["student_weights"].values()), student)
+
+
+def test_validation_judges_the_teacher_and_the_student(run):
+    """The student is made useless: nnU-Net's pseudo Dice is the teacher's, `student_dice` notices."""
+    trainer = start(run.build())
+    trainer.network.eval()
+    with torch.no_grad():
+        for parameter in trainer.network.parameters():
+            parameter.zero_()
+        batch = next(trainer.dataloader_val)
+        outputs = trainer.validation_step(batch)
+    assert outputs["student_tp_hard"].sum() == 0
+    assert outputs["tp_hard"].sum() + outputs["fp_hard"].sum() > 0
+    assert all(float(p.abs().sum()) == 0 for p in trainer.network.parameters())  # changed back
+
+
+def test_pretrained_weights_are_the_teachers_too(run):
+    trainer = run.build()
+    trainer.initialize()
+    with torch.no_grad():
+        for parameter in trainer.network.parameters():
+            parameter.fill_(0.5)
+    trainer.on_train_start()
+    assert all(bool((p == 0.5).all()) for p in trainer.teacher.parameters())
+
+
+def test_checkpoint_without_a_teacher_is_an_error(run):
+    stock = Run(run.data_set, run.configuration, "nnUNetTrainer_1epochs_1iters").build()
+    stock.run_training()
+    trainer = run.build(continue_training=True)
+    with pytest.raises(CommandError, match=r"checkpoint_final\.pth has no teacher.*-pretrained_weights"):
+        trainer.load_checkpoint(str(Path(stock.output_folder) / "checkpoint_final.pth"))
+
+
+@pytest.mark.parametrize("damage", ["garbage", "deleted"])
+def test_segmentation_of_an_unlabelled_case_reaches_nothing(damage, run, tmp_path, monkeypatch):
+    """A seeded run with the unlabelled case's segmentation replaced or deleted: the same losses, the same weights."""
+    preprocessed = Path(shutil.copytree(Path(run.build().preprocessed_dataset_folder_base).parent, tmp_path / "copy"))
+    monkeypatch.setenv("nnUNet_preprocessed", str(preprocessed))
+    results = []
+    for damaged in (False, True):
+        monkeypatch.setenv("nnUNet_results", str(tmp_path / f"results-{damaged}"))
+        folder = preprocessed / run.data_set
+        plans = load_json(str(folder / "nnUNetPlans.json"))["configurations"]["3d_fullres"]
+        (unlabelled,) = load_json(str(folder / "splits_final.json"))[0]["unlabeled"]
+        case = folder / plans["data_identifier"] / unlabelled
+        if damaged and damage == "deleted":
+            Path(f"{case}_seg.b2nd").unlink()
+        elif damaged:
+            data, seg, _, properties = nnUNetDatasetBlosc2(str(case.parent), [unlabelled]).load_case(unlabelled)
+            garbage = np.random.default_rng(0).integers(-1, 99, seg.shape).astype(np.int16)
+            image = data[:]
+            for file in case.parent.glob(f"{unlabelled}*"):
+                file.unlink()
+            nnUNetDatasetBlosc2.save_case(image, garbage, properties, str(case))
+        torch.manual_seed(0)
+        trainer = run.build()
+        trainer.num_epochs = 1
+        with_masks(trainer)
+        finish(trainer)
+        results.append((trainer.logger.get_value("train_losses", None), weights(trainer.network)))
+    assert results[0][0] == results[1][0]
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=0, atol=0)
+
+
+def with_masks(trainer) -> None:
+    trainer.configuration_manager.configuration["use_mask_for_norm"] = [True]
+
+
+def test_prediction_uses_the_teacher(run, tmp_path):
+    trainer = run.build()
+    trainer.num_epochs = 1
+    trainer.run_training()
+    InProcess().predict(run, run.raw / "imagesTs", tmp_path / "predicted")
+    assert len(list((tmp_path / "predicted").glob("*.nii.gz"))) == 1
+
+
+def test_cascade_is_refused_with_the_reason(data_sets):
+    trainer = Run(data_sets.name("labels"), "3d_cascade_fullres", NAME).build()
+    with pytest.raises(NotImplementedError, match="no segmentation of the previous stage"):
+        trainer.initialize()
