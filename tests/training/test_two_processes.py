@@ -42,38 +42,48 @@ def train(rank: int, folder: str, run: Run) -> None:
             "weights": [p.detach() for p in trainer.network.parameters()],
             "curves": trainer.logger.local_logger.my_fantastic_logging,
             "empty": trainer.loss.taps.empty,
+            "teacher": [p.detach() for p in trainer.teacher.parameters()] if hasattr(trainer, "teacher") else [],
         },
         f"{folder}/rank{rank}.pth",
     )
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def ranks(data_sets):
-    run = Run(data_sets.name("regions_ignore"), "3d_fullres", f"nnUNetTrainerSelfReg_{EPOCHS}epochs_{ITERATIONS}iters")
+TERMS = {
+    "nnUNetTrainerSelfReg": {"segmentation", "scr", "ifd"},
+    "nnUNetTrainerSelfRegUAMeanTeacher": {"segmentation", "scr", "ifd", "consistency", "kept_voxels"},
+}
+
+
+@pytest.fixture(scope="module", params=TERMS)
+def ranks(request, data_sets):
+    trainer = f"{request.param}_{EPOCHS}epochs_{ITERATIONS}iters"
+    run = Run(data_sets.name("regions_ignore"), "3d_fullres", trainer)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("nnUNet_results", folder)
         mp.spawn(train, args=(folder, run), nprocs=2)
         results = [torch.load(f"{folder}/rank{rank}.pth", weights_only=False) for rank in (0, 1)]
         files = os.listdir(run.folder)
-    return results, files
+    return results, files, TERMS[request.param]
 
 
 def test_ranks_see_different_batches_and_agree_on_the_weights(ranks):
-    (first, second), _ = ranks
+    (first, second), *_ = ranks
     assert first["outputs"][0]["loss"] != second["outputs"][0]["loss"]
     torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)
+    torch.testing.assert_close(first["teacher"], second["teacher"], rtol=0, atol=0)
 
 
 def test_terms_are_means_over_all_ranks(ranks):
-    results, _ = ranks
-    for name in ("segmentation", "scr", "ifd"):
+    results, _, terms = ranks
+    assert terms <= set(results[0]["outputs"][0])
+    for name in terms:
         expected = np.mean([step[name] for result in results for step in result["outputs"]])
         for result in results:
             assert result["curves"][name] == [pytest.approx(expected)]
 
 
 def test_nothing_is_kept_and_one_rank_writes(ranks):
-    results, files = ranks
+    results, files, _ = ranks
     assert all(result["empty"] for result in results)
     assert sorted(f for f in files if f.endswith((".pth", ".part"))) == ["checkpoint_best.pth", "checkpoint_final.pth"]
