@@ -11,10 +11,10 @@ demo: .venv-demo/installed
 	.venv-demo/bin/python scripts/demo.py $(if $(DATA),--data "$(DATA)")
 
 test: .venv-test/installed
-	.venv-test/bin/python -m pytest
+	.venv-test/bin/python -m pytest -n 2 --dist loadscope
 
 test-matrix: .venv-test/installed
-	.venv-test/bin/python -m pytest tests/trainers --commands
+	.venv-test/bin/python -m pytest -n 2 --dist loadscope tests/trainers --commands
 
 lint: .venv-test/installed
 	.venv-test/bin/ruff check .
