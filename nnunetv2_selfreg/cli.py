@@ -48,13 +48,14 @@ def show_trainers() -> int:
 
 
 def _explain_found() -> None:
-    folder = discovery.searched_folder(discovery.list_trainers()[0])
     pth = discovery.set_at_start()
-    if folder == discovery.trainers_folder() and pth is not None:
-        how = f"{pth} extends {discovery.VARIABLE} at interpreter start; nothing to set"
-    else:
-        how = f"{discovery.VARIABLE} names it"
-    print(f"nnU-Net finds them in {folder} ({how}).")
+    folders = [discovery.searched_folder(trainer) for trainer in discovery.list_trainers()]
+    for folder in dict.fromkeys(folders):  # more than one where another copy of a trainer comes first
+        if folder == discovery.trainers_folder() and pth is not None:
+            how = f"{pth} extends {discovery.VARIABLE} at interpreter start; nothing to set"
+        else:
+            how = f"{discovery.VARIABLE} names it"
+        print(f"nnU-Net finds them in {folder} ({how}).")
 
 
 def _explain_missing(errors: dict[discovery.Trainer, str]) -> None:

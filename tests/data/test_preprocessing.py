@@ -67,9 +67,10 @@ def write_bad(folder: Path) -> None:
 
 @pytest.fixture
 def workspace(data_sets, tmp_path, monkeypatch):
-    """A copy of a preprocessed data set, and two images without labels in its raw folder."""
+    """A copy of a preprocessed data set, its labelled part, and two images without labels in its raw folder."""
     name = data_sets.name("labels")
-    shutil.copytree(Path(os.environ["nnUNet_preprocessed"]) / name, tmp_path / "preprocessed" / name)
+    source = Path(os.environ["nnUNet_preprocessed"]) / name
+    shutil.copytree(source, tmp_path / "preprocessed" / name, ignore=shutil.ignore_patterns("*_unlabeled"))
     write_good(tmp_path / "raw" / name / "imagesUn")
     for folder in ("raw", "preprocessed"):
         monkeypatch.setenv(f"nnUNet_{folder}", str(tmp_path / folder))
