@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.helpers import dummy_context
 from torch import Tensor
 from torch import distributed as dist
 
+from nnunetv2_selfreg.data.splits import read_splits
 from nnunetv2_selfreg.data.two_stream import TwoStreamLoader, UnlabeledLoader
 from nnunetv2_selfreg.data.unlabeled import UnlabeledPool, find_pool
 from nnunetv2_selfreg.losses.consistency import gaussian_ramp_up
@@ -111,7 +111,7 @@ class SemiSupervised(ReliableTraining):
     def _listed_as_unlabeled(self) -> list[str]:
         if self.fold == "all":
             return []
-        splits = load_json(str(Path(self.preprocessed_dataset_folder_base) / "splits_final.json"))
+        splits = read_splits(Path(self.preprocessed_dataset_folder_base) / "splits_final.json")
         return splits[self.fold].get("unlabeled", []) if self.fold < len(splits) else []
 
     def get_dataloaders(self):
