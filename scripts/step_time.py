@@ -1,10 +1,13 @@
 """Time and memory of a training step, stock nnU-Net and others in turn, in one process, on real batches.
 
     python scripts/step_time.py 4 3d_fullres -tr nnUNetTrainer nnUNetTrainerSelfReg -device cpu
+    python scripts/step_time.py 2 3d_fullres -f 5 -b 4 -tr nnUNetTrainer nnUNetTrainerMeanTeacher -device cpu
 
-Each round takes one batch of the data set and gives it to every trainer, the first one being the reference. Reported
-are the median time of a step, the median and quartiles of the ratio to the reference round by round (a machine's speed
-drifts, a ratio of neighbours does not), and the peak of tensor memory above what is held between steps.
+Each round takes one labelled batch of the data set and gives it to every trainer, the first one being the reference; a
+semi-supervised trainer gets the second half of it as its unlabelled samples, so all steps have as many. Reported are
+the median time of a step, the median and quartiles of the ratio to the reference round by round (a machine's speed
+drifts, a ratio of neighbours does not), and the peak of tensor memory above what is held between steps. Then, likewise,
+the time in which each trainer's own loader makes a sample, in this process.
 `nnUNetTrainerSelfRegStraightPort`, which computes the same terms the published way, is at hand for comparison.
 """
 
@@ -22,6 +25,9 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+from nnunetv2_selfreg.training.semi_supervised import SemiSupervised
 
 STRAIGHT_PORT = Path(__file__).resolve().parent / "straight_port"
 
@@ -33,20 +39,26 @@ def main() -> None:
     parser.add_argument("-tr", nargs="+", default=["nnUNetTrainer", "nnUNetTrainerSelfReg"], metavar="TRAINER")
     parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS")
     parser.add_argument("-f", default="0", metavar="FOLD")
+    parser.add_argument("-b", type=int, metavar="N", help="samples a step; default: the plan's batch size")
     parser.add_argument("-device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=15, help="after two that are not counted")
     parser.add_argument("-o", type=Path, help="write the table as JSON to this file")
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error("--rounds must be at least 2, for quartiles")
+    if arguments.b is not None and arguments.b < 2:
+        parser.error("-b must be at least 2, for a labelled and an unlabelled sample")
 
     torch.set_flush_denormal(True)  # on a CPU denormals would drown the result
     torch.backends.cudnn.benchmark = True  # as nnUNetv2_train does
     with tempfile.TemporaryDirectory() as results:
         os.environ["nnUNet_results"] = results  # a trainer writes a log file as soon as it exists
         trainers = {name: build(name, arguments) for name in arguments.tr}
-        seconds, memory = measure(trainers, arguments.rounds)
-    rows = summary(seconds, memory)
+        os.environ["nnUNet_n_proc_DA"] = "0"  # no workers beside the steps
+        loaders = {name: trainer.get_dataloaders()[0] for name, trainer in trainers.items()}
+        loading = measure_loading(loaders, arguments.rounds)
+        seconds, memory = measure(trainers, loaders[arguments.tr[0]], arguments.rounds)
+    rows = summary(seconds, memory, loading)
     print_table(rows)
     if arguments.o:
         about = {**vars(arguments), "torch": torch.__version__, "machine": machine(arguments.device)}
@@ -64,27 +76,49 @@ def build(name: str, arguments: argparse.Namespace) -> Any:
     device = torch.device(arguments.device)
     trainer = get_trainer_from_args(arguments.dataset, arguments.configuration, fold, name, arguments.p, device=device)
     trainer.initialize()
+    if arguments.b is not None:
+        trainer.batch_size = arguments.b
     trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
     trainer.network.train()
     return trainer
 
 
-def measure(trainers: dict[str, Any], rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of each step, and peak memory in bytes of one more. All trainers of a round get the same batch."""
-    loader, _ = next(iter(trainers.values())).get_dataloaders()
+def measure(trainers: dict[str, Any], loader: Any, rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of each step, and peak memory in bytes of one more. All trainers of a round get the same samples."""
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    for count in range(rounds + 2):
+    for count in tqdm(range(rounds + 2), desc="Steps", disable=None):
         batch = next(loader)
         shift = count % len(trainers)  # so that none is always the first on a new batch
         for name in [*trainers, *trainers][shift : shift + len(trainers)]:
+            samples = batch_for(trainers[name], batch)
             start = time.perf_counter()
-            trainers[name].train_step(batch)  # ends with the loss on the CPU, so nothing is still queued on a GPU
+            trainers[name].train_step(samples)  # ends with the loss on the CPU, so nothing is still queued on a GPU
             if count >= 2:
                 seconds[name].append(time.perf_counter() - start)
-    memory = {name: peak_memory(trainer, batch) for name, trainer in trainers.items()}
-    if hasattr(loader, "_finish"):
-        loader._finish()
+    memory = {name: peak_memory(trainer, batch_for(trainer, batch)) for name, trainer in trainers.items()}
     return seconds, memory
+
+
+def batch_for(trainer: Any, batch: dict) -> dict:
+    """A stock batch as the trainer takes it: for a semi-supervised one its second half has no labels."""
+    if not isinstance(trainer, SemiSupervised):
+        return batch
+    labeled = len(batch["data"]) - len(batch["data"]) // 2
+    target = batch["target"]
+    target = [scale[:labeled] for scale in target] if isinstance(target, list) else target[:labeled]
+    return {**batch, "target": target, "data_weak": batch["data"][labeled:]}
+
+
+def measure_loading(loaders: dict[str, Any], rounds: int) -> dict[str, list[float]]:
+    """Seconds for each sample, of one batch a round from each loader."""
+    seconds: dict[str, list[float]] = {name: [] for name in loaders}
+    for count in tqdm(range(rounds + 2), desc="Loading", disable=None):
+        for name, loader in loaders.items():
+            start = time.perf_counter()
+            batch = next(loader)
+            if count >= 2:
+                seconds[name].append((time.perf_counter() - start) / len(batch["data"]))
+    return seconds
 
 
 def peak_memory(trainer: Any, batch: dict) -> int:
@@ -105,12 +139,13 @@ def peak_memory(trainer: Any, batch: dict) -> int:
     return peak
 
 
-def summary(seconds: dict[str, list[float]], memory: dict[str, int]) -> list[dict[str, Any]]:
+def summary(
+    seconds: dict[str, list[float]], memory: dict[str, int], loading: dict[str, list[float]]
+) -> list[dict[str, Any]]:
     reference = next(iter(seconds))
     rows = []
     for name, times in seconds.items():
-        ratios = [mine / theirs for mine, theirs in zip(times, seconds[reference], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        low, middle, high = ratio_quartiles(times, seconds[reference])
         rows.append(
             {
                 "trainer": name,
@@ -119,18 +154,27 @@ def summary(seconds: dict[str, list[float]], memory: dict[str, int]) -> list[dic
                 "ratio_quartiles": [low, high],
                 "memory_mib": memory[name] / 2**20,
                 "memory_ratio": memory[name] / memory[reference],
+                "loading_seconds": statistics.median(loading[name]),
+                "loading_ratio": ratio_quartiles(loading[name], loading[reference])[1],
             }
         )
     return rows
 
 
+def ratio_quartiles(times: list[float], reference: list[float]) -> list[float]:
+    """Quartiles of the ratio round by round."""
+    return statistics.quantiles([mine / theirs for mine, theirs in zip(times, reference, strict=True)], n=4)
+
+
 def print_table(rows: list[dict[str, Any]]) -> None:
-    print("\n| trainer | step, s | ratio (quartiles) | memory, MiB | ratio |\n| --- | --- | --- | --- | --- |")
+    print("\n| trainer | step, s | ratio (quartiles) | memory, MiB | ratio | loading a sample, ms | ratio |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
         low, high = row["ratio_quartiles"]
         print(
             f"| {row['trainer']} | {row['seconds']:.3f} | {row['ratio']:.3f} ({low:.3f}–{high:.3f}) "
-            f"| {row['memory_mib']:.0f} | {row['memory_ratio']:.3f} |"
+            f"| {row['memory_mib']:.0f} | {row['memory_ratio']:.3f} "
+            f"| {1000 * row['loading_seconds']:.0f} | {row['loading_ratio']:.3f} |"
         )
 
 

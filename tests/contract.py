@@ -33,15 +33,14 @@ class Cells:
         return run
 
 
-class TrainerContract:
-    """{labels, regions, ignore label, both} x {2d, 3d_fullres} and the cascade, then nnU-Net's tools on the result."""
+class TrainerMatrix:
+    """{labels, regions, ignore label, both} x {2d, 3d_fullres} and the cascade: train, resume, validate, predict."""
 
     trainer: str
     terms: tuple[str, ...] = ()
     """Names of the logged terms."""
     network_is_stock = True
     """Whether the planned network is trained, so that stock nnU-Net can use the weights."""
-
     trains_cascades = True
     """Whether a cascade trains, or NotImplementedError says that it does not."""
 
@@ -66,38 +65,6 @@ class TrainerContract:
         self.check_training(run)
         cells.runner.predict(run, run.raw / "imagesTs", tmp_path / "full", tmp_path / "low")
         self.check_prediction(tmp_path / "full")
-
-    def test_tools_after_training(self, cells, tmp_path, monkeypatch):
-        flat, full = (cells.trained("labels", configuration) for configuration in ("2d", "3d_fullres"))
-        found = command(
-            "nnUNetv2_find_best_configuration", flat.data_set, "-c", "2d", "3d_fullres", "-tr", flat.trainer, "-f", "0"
-        )
-        assert "ensemble" in found
-        for run in (flat, full):
-            InProcess().predict(run, run.raw / "imagesTs", tmp_path / run.configuration)
-        folders = [str(tmp_path / c) for c in ("2d", "3d_fullres")]
-        command("nnUNetv2_ensemble", "-i", *folders, "-o", str(tmp_path / "ensemble"), "-np", "1")
-        self.check_prediction(tmp_path / "ensemble")
-        self.check_export_and_import(full, tmp_path, monkeypatch)
-
-    def test_one_cell_through_the_commands(self, data_sets, tmp_path):
-        """Killed and resumed, validated again, predicted; trained on all cases from these weights."""
-        runner = Commands()
-        run = Run(data_sets.name("labels"), "3d_fullres", f"{self.trainer}_2epochs_3iters")
-        runner.train_and_interrupt(run)
-        runner.resume(run)
-        self.check_training(run)
-        shutil.rmtree(run.folder / "validation")
-        command("nnUNetv2_train", run.data_set, run.configuration, "0", "-tr", run.trainer, "-device", "cpu", "--val")
-        assert (run.folder / "validation" / "summary.json").is_file()
-        runner.predict(run, run.raw / "imagesTs", tmp_path)
-        self.check_prediction(tmp_path)
-        weights = ["-pretrained_weights", str(run.folder / "checkpoint_final.pth")]
-        whole = Run(run.data_set, run.configuration, f"{self.trainer}_1epochs_1iters", "all")
-        command(
-            "nnUNetv2_train", run.data_set, run.configuration, "all", "-tr", whole.trainer, "-device", "cpu", *weights
-        )
-        assert len(list((whole.folder / "validation").glob("*.nii.gz"))) == CASES
 
     def check_training(self, run: Run) -> None:
         checkpoint = run.load()
@@ -131,6 +98,42 @@ class TrainerContract:
         shutil.rmtree(stock.model_folder)
         (mine,) = prediction.glob("*.nii.gz")
         np.testing.assert_array_equal(read_labels(mine), read_labels(output / mine.name))
+
+
+class TrainerContract(TrainerMatrix):
+    """The matrix, then nnU-Net's tools on the result, and a cell through nnU-Net's commands."""
+
+    def test_tools_after_training(self, cells, tmp_path, monkeypatch):
+        flat, full = (cells.trained("labels", configuration) for configuration in ("2d", "3d_fullres"))
+        found = command(
+            "nnUNetv2_find_best_configuration", flat.data_set, "-c", "2d", "3d_fullres", "-tr", flat.trainer, "-f", "0"
+        )
+        assert "ensemble" in found
+        for run in (flat, full):
+            InProcess().predict(run, run.raw / "imagesTs", tmp_path / run.configuration)
+        folders = [str(tmp_path / c) for c in ("2d", "3d_fullres")]
+        command("nnUNetv2_ensemble", "-i", *folders, "-o", str(tmp_path / "ensemble"), "-np", "1")
+        self.check_prediction(tmp_path / "ensemble")
+        self.check_export_and_import(full, tmp_path, monkeypatch)
+
+    def test_one_cell_through_the_commands(self, data_sets, tmp_path):
+        """Killed and resumed, validated again, predicted; trained on all cases from these weights."""
+        runner = Commands()
+        run = Run(data_sets.name("labels"), "3d_fullres", f"{self.trainer}_2epochs_3iters")
+        runner.train_and_interrupt(run)
+        runner.resume(run)
+        self.check_training(run)
+        shutil.rmtree(run.folder / "validation")
+        command("nnUNetv2_train", run.data_set, run.configuration, "0", "-tr", run.trainer, "-device", "cpu", "--val")
+        assert (run.folder / "validation" / "summary.json").is_file()
+        runner.predict(run, run.raw / "imagesTs", tmp_path)
+        self.check_prediction(tmp_path)
+        weights = ["-pretrained_weights", str(run.folder / "checkpoint_final.pth")]
+        whole = Run(run.data_set, run.configuration, f"{self.trainer}_1epochs_1iters", "all")
+        command(
+            "nnUNetv2_train", run.data_set, run.configuration, "all", "-tr", whole.trainer, "-device", "cpu", *weights
+        )
+        assert len(list((whole.folder / "validation").glob("*.nii.gz"))) == CASES
 
     def check_export_and_import(self, run: Run, folder: Path, monkeypatch) -> None:
         archive = str(folder / "model.zip")

@@ -3,27 +3,46 @@
 import json
 import sys
 
+import pytest
 import step_time
+import torch
+
+from nnunetv2_selfreg.training.semi_supervised import SemiSupervised
 
 
 def test_table_of_stock_ours_and_the_straight_port(data_sets, tmp_path, monkeypatch, capsys):
-    trainers = ["nnUNetTrainer", "nnUNetTrainerSelfReg", "nnUNetTrainerSelfRegStraightPort"]
+    trainers = ["nnUNetTrainer", "nnUNetTrainerSelfReg", "nnUNetTrainerMeanTeacher", "nnUNetTrainerSelfRegStraightPort"]
     output = tmp_path / "table.json"
-    arguments = [data_sets.name("labels"), "3d_fullres", "-tr", *trainers, "-device", "cpu", "--rounds", "3"]
+    arguments = [data_sets.name("labels"), "3d_fullres", "-tr", *trainers, "-device", "cpu", "--rounds", "3", "-b", "4"]
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "untouched"))
     monkeypatch.setattr(sys, "argv", ["step_time.py", *arguments, "-o", str(output)])
     step_time.main()
     rows = json.loads(output.read_text())["rows"]
     assert [row["trainer"] for row in rows] == trainers
-    assert rows[0]["ratio"] == rows[0]["memory_ratio"] == 1
-    assert all(row["seconds"] > 0 and row["memory_mib"] > 0 for row in rows)
-    assert capsys.readouterr().out.count("| nnUNetTrainer") == 3
+    assert rows[0]["ratio"] == rows[0]["memory_ratio"] == rows[0]["loading_ratio"] == 1
+    assert all(row["seconds"] > 0 and row["memory_mib"] > 0 and row["loading_seconds"] > 0 for row in rows)
+    assert capsys.readouterr().out.count("| nnUNetTrainer") == 4
     assert not (tmp_path / "untouched").exists()
 
 
 def test_ratio_is_taken_round_by_round():
     """The machine slows down threefold; the ratio of neighbours does not notice."""
-    rows = step_time.summary({"a": [1.0, 3.0, 3.0], "b": [1.5, 4.5, 4.5]}, {"a": 100, "b": 110})
+    times = {"a": [1.0, 3.0, 3.0], "b": [1.5, 4.5, 4.5]}
+    rows = step_time.summary(times, {"a": 100, "b": 110}, times)
     assert rows[1]["ratio"] == 1.5
+    assert rows[1]["loading_ratio"] == 1.5
     assert rows[1]["seconds"] == 4.5
     assert rows[1]["memory_ratio"] == 1.1
+
+
+@pytest.mark.parametrize("deep_supervision", [True, False])
+def test_half_of_the_samples_lose_their_labels_for_a_semi_supervised_trainer(deep_supervision):
+    scales = [torch.arange(5.0).reshape(5, 1), torch.arange(5.0).reshape(5, 1) + 10]
+    batch = {"data": torch.arange(5.0), "target": scales if deep_supervision else scales[0], "keys": list("abcde")}
+    trainer = object.__new__(SemiSupervised)
+    mine = step_time.batch_for(trainer, batch)
+    assert mine["data"].tolist() == [0, 1, 2, 3, 4]
+    assert mine["data_weak"].tolist() == [3, 4]
+    target = mine["target"] if deep_supervision else [mine["target"]]
+    assert [scale.flatten().tolist() for scale in target] == [[0, 1, 2], [10, 11, 12]][: len(target)]
+    assert step_time.batch_for(object(), batch) is batch

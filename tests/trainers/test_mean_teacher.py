@@ -1,28 +1,25 @@
-import pytest
-from contract import TrainerContract
-from workspace import InProcess, Run
+from contract import TrainerContract, TrainerMatrix
 
 
-class TestMeanTeacher(TrainerContract):
-    trainer = "nnUNetTrainerMeanTeacher"
+class _MeanTeacher(TrainerMatrix):
     terms = ("segmentation", "consistency", "consistency_weight", "student_dice")
     trains_cascades = False
 
 
-@pytest.mark.parametrize(
-    ("trainer", "variant", "configuration", "terms"),
-    [
-        ("nnUNetTrainerUAMeanTeacher", "regions_ignore", "3d_fullres", {"kept_voxels"}),
-        ("nnUNetTrainerSelfRegMeanTeacher", "ignore", "2d", {"scr", "ifd"}),
-        ("nnUNetTrainerSelfRegUAMeanTeacher", "labels", "3d_fullres", {"kept_voxels", "scr", "ifd"}),
-    ],
-)
-def test_relatives_train_resume_validate_and_predict(trainer, variant, configuration, terms, data_sets, tmp_path):
-    contract, runner = TestMeanTeacher(), InProcess()
-    contract.terms = (*TestMeanTeacher.terms, *terms)
-    run = Run(data_sets.name(variant), configuration, f"{trainer}_2epochs_2iters")
-    runner.train_and_interrupt(run)
-    runner.resume(run)
-    contract.check_training(run)
-    runner.predict(run, run.raw / "imagesTs", tmp_path)
-    contract.check_prediction(tmp_path)
+class TestMeanTeacher(_MeanTeacher, TrainerContract):
+    trainer = "nnUNetTrainerMeanTeacher"
+
+
+class TestUAMeanTeacher(_MeanTeacher):
+    trainer = "nnUNetTrainerUAMeanTeacher"
+    terms = (*_MeanTeacher.terms, "kept_voxels")
+
+
+class TestSelfRegMeanTeacher(_MeanTeacher):
+    trainer = "nnUNetTrainerSelfRegMeanTeacher"
+    terms = (*_MeanTeacher.terms, "scr", "ifd")
+
+
+class TestSelfRegUAMeanTeacher(_MeanTeacher):
+    trainer = "nnUNetTrainerSelfRegUAMeanTeacher"
+    terms = (*_MeanTeacher.terms, "kept_voxels", "scr", "ifd")

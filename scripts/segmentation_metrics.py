@@ -1,0 +1,113 @@
+"""Overlap and surface distances of predicted segmentations, for each case and class.
+
+    python scripts/segmentation_metrics.py REFERENCE PREDICTION [PREDICTION ...] -djfile dataset.json -o metrics.csv
+
+The folders and `-djfile` are those of `nnUNetv2_evaluate_folder`; every file of a PREDICTION folder is compared with
+the file of that name in REFERENCE. A training's `fold_X/validation` is such a folder, `gt_segmentations` in
+`nnUNet_preprocessed` the reference. The CSV has one row for each folder, case and class; the means are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
+from nnunetv2.evaluation.evaluate_predictions import region_or_label_to_mask
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from tqdm import tqdm
+
+METRICS = {"dice": "Dice", "jaccard": "Jaccard", "hd95_mm": "95 % Hausdorff, mm", "asd_mm": "mean surface distance, mm"}
+
+
+def mask_metrics(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
+    """Dice, Jaccard, 95 % Hausdorff and symmetric average surface distance of two boolean masks of any dimension.
+
+    The 95 % Hausdorff distance is the larger of the two directed 95th percentiles of the distances between the
+    surfaces; the average surface distance is over the surface voxels of both. MONAI computes them, in mm.
+
+    Our decision: where one mask is empty both distances are the diagonal of the image, so that a missed structure is
+    not left out of a mean; where both are empty nothing can be said, and all are NaN, as nnU-Net's Dice is.
+    """
+    both, either = np.sum(prediction & reference), np.sum(prediction | reference)
+    if either == 0:
+        return dict.fromkeys(METRICS, math.nan)
+    overlap = {"dice": float(2 * both / (both + either)), "jaccard": float(both / either)}
+    if not prediction.any() or not reference.any():
+        diagonal = math.hypot(*np.multiply(prediction.shape, spacing))
+        return {**overlap, "hd95_mm": diagonal, "asd_mm": diagonal}
+    masks, spacing = _without_flat_axes([prediction, reference], spacing)
+    batch = [mask[None, None] for mask in masks]
+    hausdorff = compute_hausdorff_distance(*batch, include_background=True, percentile=95, spacing=spacing)
+    average = compute_average_surface_distance(*batch, include_background=True, symmetric=True, spacing=spacing)
+    return {**overlap, "hd95_mm": float(hausdorff), "asd_mm": float(average)}
+
+
+def _without_flat_axes(masks: list[np.ndarray], spacing: Sequence[float]) -> tuple[list[np.ndarray], list[float]]:
+    """nnU-Net reads a 2D image with a first axis of one voxel, on which everything would be surface."""
+    flat = tuple(axis for axis, length in enumerate(masks[0].shape) if length == 1)
+    return [mask.squeeze(flat) for mask in masks], [s for axis, s in enumerate(spacing) if axis not in flat]
+
+
+def folder_metrics(predictions: Path, references: Path, dataset_json: dict) -> Iterator[dict]:
+    """A row for each case and class or region of a folder: `case`, `class` and the METRICS.
+
+    Raises:
+        FileNotFoundError: there is no prediction, or one has no reference.
+        ValueError: prediction and reference differ in shape.
+    """
+    ending = dataset_json["file_ending"]
+    files = sorted(predictions.glob(f"*{ending}"))
+    if not files:
+        raise FileNotFoundError(f"{predictions} has no {ending} file")
+    reader = determine_reader_writer_from_dataset_json(dataset_json, str(files[0]), verbose=False)()
+    classes = {name: label for name, label in dataset_json["labels"].items() if name not in ("background", "ignore")}
+    ignored = dataset_json["labels"].get("ignore")
+    for file in tqdm(files, desc=predictions.parent.name, disable=None):
+        if not (references / file.name).is_file():
+            raise FileNotFoundError(f"{file} has no reference {references / file.name}")
+        prediction, _ = reader.read_seg(str(file))
+        reference, properties = reader.read_seg(str(references / file.name))
+        if prediction.shape != reference.shape:
+            raise ValueError(f"{file} has the shape {prediction.shape[1:]}, its reference {reference.shape[1:]}")
+        prediction[reference == ignored] = 0
+        for name, label in classes.items():
+            masks = (region_or_label_to_mask(segmentation[0], label) for segmentation in (prediction, reference))
+            metrics = mask_metrics(*masks, properties["spacing"])
+            yield {"case": file.name.removesuffix(ending), "class": name, **metrics}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reference", type=Path)
+    parser.add_argument("prediction", type=Path, nargs="+")
+    parser.add_argument("-djfile", required=True, metavar="FILE", help="dataset.json")
+    parser.add_argument("-o", type=Path, required=True, metavar="FILE", help="CSV to write")
+    arguments = parser.parse_args()
+    dataset_json = load_json(arguments.djfile)
+    rows = []
+    for folder in arguments.prediction:
+        found = list(folder_metrics(folder, arguments.reference, dataset_json))
+        print_means(folder, found)
+        rows += [{"folder": folder, **row} for row in found]
+    with arguments.o.open("w", newline="") as file:
+        table = csv.DictWriter(file, ["folder", "case", "class", *METRICS])
+        table.writeheader()
+        table.writerows(rows)
+
+
+def print_means(folder: Path, rows: list[dict]) -> None:
+    print(f"\n{folder}\n| class | cases | {' | '.join(METRICS.values())} |\n| --- | --- | {'--- | ' * len(METRICS)}")
+    for name in dict.fromkeys(row["class"] for row in rows):
+        mine = [row for row in rows if row["class"] == name]
+        means = (f"{np.nanmean([row[metric] for row in mine]):.4f}" for metric in METRICS)
+        print(f"| {name} | {len(mine)} | {' | '.join(means)} |")
+
+
+if __name__ == "__main__":
+    main()
