@@ -265,3 +265,8 @@ def _program(name: str) -> str:
 
 def read_labels(file: Path) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+
+
+def put_batch_shapes(loader, queue) -> None:
+    """For a worker process, which must find it by name when it is spawned."""
+    queue.put({key: tuple(value.shape) for key, value in next(loader).items() if key.startswith("data")})

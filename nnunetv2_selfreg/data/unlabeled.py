@@ -51,7 +51,8 @@ def find_pool(folder: Path, fold: Mapping[str, Iterable[str]], number: int | str
             f"Fold {number} lists {_some(missing)} as unlabeled, but {folder} has no such case. "
             "Correct splits_final.json, or preprocess the case."
         )
-    finished = [file.stem for file in own_folder.glob("*.pkl")]  # written last, so the image beside it is whole
+    # The .pkl file is written last, so the image beside it is whole.
+    finished = [file.stem for file in own_folder.glob("*.pkl") if file.with_suffix(".b2nd").is_file()]
     used = {"train": set(fold["train"]), "val": set(fold["val"])}
     for part, cases in used.items():
         if both := cases & {*listed, *finished}:

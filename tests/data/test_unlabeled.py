@@ -47,8 +47,9 @@ def test_numpy_format(folder):
     np.testing.assert_array_equal(find_pool(folder, fold, 5).load_image("c"), 2 * IMAGE)
 
 
-def test_half_preprocessed_case_is_left_out(folder):
-    (folder.with_name("plans_3d_unlabeled") / "y.pkl").unlink()
+@pytest.mark.parametrize("missing", [".pkl", ".b2nd"])
+def test_half_preprocessed_case_is_left_out(folder, missing):
+    (folder.with_name("plans_3d_unlabeled") / f"y{missing}").unlink()
     assert find_pool(folder, {"train": ["a"], "val": ["b"]}, 5).identifiers == ["x"]
 
 
