@@ -102,9 +102,8 @@ def main() -> None:
 
 
 def print_means(folder: Path, rows: list[dict]) -> None:
-    print(
-        f"\n{folder}\n| class | cases | {' | '.join(METRICS.values())} |\n| --- | --- | {' | '.join(['---'] * len(METRICS))} |"
-    )
+    print(f"\n{folder}\n| class | cases | {' | '.join(METRICS.values())} |")
+    print(f"| --- | --- |{' --- |' * len(METRICS)}")
     for name in dict.fromkeys(row["class"] for row in rows):
         mine = [row for row in rows if row["class"] == name]
         means = (f"{np.nanmean([row[metric] for row in mine]):.4f}" for metric in METRICS)
