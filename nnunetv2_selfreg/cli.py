@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         return parsed.run(parsed)
-    except CommandError as error:
+    except (CommandError, OSError) as error:  # no permission and full disks name the file too
         print("nnUNetv2_selfreg:", " ".join(str(error).split()), file=sys.stderr)
         return 2
 

@@ -20,6 +20,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)  # half a file, if a kill left it
     try:
         yield str(part)
         if not part.exists():

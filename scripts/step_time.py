@@ -57,7 +57,8 @@ def main() -> None:
         os.environ["nnUNet_n_proc_DA"] = "0"  # no workers beside the steps
         loaders = {name: trainer.get_dataloaders()[0] for name, trainer in trainers.items()}
         loading = measure_loading(loaders, arguments.rounds)
-        seconds, memory = measure(trainers, loaders[arguments.tr[0]], arguments.rounds)
+        labeled, _ = build("nnUNetTrainer", arguments).get_dataloaders()
+        seconds, memory = measure(trainers, labeled, arguments.rounds)
     rows = summary(seconds, memory, loading)
     print_table(rows)
     if arguments.o:

@@ -59,6 +59,17 @@ def test_help_does_not_wait_for_pytorch():
     subprocess.run([sys.executable, "-c", imports], check=True)
 
 
+def test_error_of_the_file_system_is_one_line(capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "splits_final.json.part")
+
+    monkeypatch.setattr("nnunetv2_selfreg.data.splits.append_fold", full)
+    assert cli.main(["split", "-d", "2", "--labeled", "8"]) == 2
+    printed = capsys.readouterr().err
+    assert "No space left on device: 'splits_final.json.part'" in printed
+    assert printed.count("\n") == 1
+
+
 @pytest.mark.parametrize("subcommand", ["preprocess_unlabeled", "split", "trainers"])
 def test_each_subcommand_explains_itself(subcommand, capsys):
     with pytest.raises(SystemExit, match="0"):

@@ -22,6 +22,7 @@ def test_new_content_takes_the_place_in_one_step(tmp_path):
 def test_nothing_written_replaces_nothing(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
+    (tmp_path / "file.part").write_text("half, left by a kill")
     with replacing(path):
         pass
     assert path.read_text() == "old"

@@ -1,7 +1,8 @@
 """Preprocesses images without labels, with the preprocessor that the plans name, into a folder of their own.
 
 nnU-Net takes whatever lies in `<data_identifier>/` for labelled, so these cases go to `<data_identifier>_unlabeled/`:
-the image as `<identifier>.b2nd`, its properties as `<identifier>.pkl`, and no segmentation.
+the image as `<identifier>.b2nd`, its properties as `<identifier>.pkl`, and no segmentation. `preprocessing.json` says
+with which part of the plans.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import copy
 import io
 import multiprocessing
 import os
+import shutil
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ from pathlib import Path
 
 import blosc2
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import write_pickle
+from batchgenerators.utilities.file_and_folder_operations import save_json, write_pickle
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
@@ -30,6 +32,7 @@ from tqdm import tqdm
 
 from nnunetv2_selfreg.data.datasets import labeled_cases, preprocessed_folder, read_json
 from nnunetv2_selfreg.data.images import BadImageError, check_image, check_nifti, list_cases, why_misnamed
+from nnunetv2_selfreg.data.unlabeled import RECIPE_FILE, is_outdated, recipe
 from nnunetv2_selfreg.errors import CommandError
 from nnunetv2_selfreg.files import replacing
 
@@ -69,15 +72,28 @@ class Preprocessing:
             if not all((folder / f"{identifier}{ending}").is_file() for ending in (".b2nd", ".pkl"))
         ]
 
+    def outdated(self, folder: Path) -> bool:
+        return is_outdated(folder, recipe(self.plans, self.configurations[folder]))
+
+    def begin(self) -> None:
+        """Makes the folders, each with the recipe of its cases; cases of another recipe are removed."""
+        for folder, configuration in self.configurations.items():
+            if self.outdated(folder):
+                shutil.rmtree(folder)
+            folder.mkdir(exist_ok=True)
+            with replacing(folder / RECIPE_FILE) as part:
+                save_json(recipe(self.plans, configuration), part)
+
     def run(self, identifier: str, files: Sequence[Path], folders: Sequence[Path]) -> str | None:
         """Checks a case, preprocesses it and stores it in `folders`; returns None, or why that was not possible."""
         try:
             data, properties = self.read([str(file) for file in files])
             for folder in folders:
                 configuration = self.configurations[folder]
-                image, _, stored = configuration.preprocessor_class(verbose=False).run_case_npy(
+                image, body, stored = configuration.preprocessor_class(verbose=False).run_case_npy(
                     data, None, copy.deepcopy(properties), self.plans, configuration, self.dataset_json
                 )
+                mask_outside(image, body, configuration.use_mask_for_norm)
                 store(image, stored, folder, identifier, configuration.patch_size)
         except BadImageError as reason:
             return str(reason)
@@ -136,6 +152,9 @@ def preprocess_unlabeled(
     if processes < 1:
         raise CommandError(f"-np {processes} is no number of processes. Give 1 or more.")
     outcome = Outcome(list(job.configurations))
+    outdated = [folder for folder in outcome.folders if job.outdated(folder)]
+    if outdated and not overwrite:
+        raise CommandError(f"{outdated[0]} was made with other plans than {plans_name} are now. Give --overwrite.")
     tasks = {}
     for identifier, files in cases.items():
         reason = why_misnamed(identifier, files, ending, labeled)
@@ -147,10 +166,22 @@ def preprocess_unlabeled(
         else:
             outcome.done_before += 1
     if tasks:
+        job.begin()
         run_all(job, tasks, min(processes, len(tasks)), outcome)
     if not outcome.done + outcome.done_before:
         raise CommandError("No image is usable; the reasons are above.")
     return outcome
+
+
+def mask_outside(image: np.ndarray, body: np.ndarray, masked: Sequence[bool]) -> None:
+    """Sets the `masked` channels of `image` `(C, *spatial)` to 0 where `body` `(1, *spatial)` is negative, in place.
+
+    nnU-Net's training does so with labelled patches, after resampling has left ringing there. Here it is done before
+    storing, so that the image itself tells where the body is.
+    """
+    for channel, is_masked in zip(image, masked, strict=True):
+        if is_masked:
+            channel[body[0] < 0] = 0
 
 
 def store(image: np.ndarray, properties: dict, folder: Path, identifier: str, patch_size: Sequence[int]) -> None:
@@ -158,7 +189,6 @@ def store(image: np.ndarray, properties: dict, folder: Path, identifier: str, pa
     image = np.ascontiguousarray(image, dtype=np.float32)
     blocks, chunks = comp_blosc2_params(image.shape, tuple(patch_size), image.itemsize)
     compression = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
-    folder.mkdir(exist_ok=True)
     pkl = folder / f"{identifier}.pkl"
     pkl.unlink(missing_ok=True)  # or an old one would vouch for the new image
     with replacing(folder / f"{identifier}.b2nd") as part:
@@ -208,23 +238,35 @@ def run_all(
 ) -> None:
     """Runs the tasks (files and folders by identifier) in worker processes; `outcome` takes what became of them.
 
-    Raises:
-        CommandError: a worker process died.
+    When a worker dies nobody knows over which case, so those left are done one at a time: it is the one that it dies
+    over again.
     """
+    left = dict(tasks)
+    with tqdm(desc="Preprocessing", total=len(tasks), unit="case") as bar:
+        while left:
+            for identifier, reason in _run_in_pool(job, left, processes):
+                del left[identifier]
+                if reason is None:
+                    outcome.done += 1
+                else:
+                    _reject(outcome, identifier, reason)
+                bar.update()
+            if left and processes == 1:
+                culprit = next(iter(left))
+                del left[culprit]
+                _reject(outcome, culprit, "its worker process died, as happens when memory runs out or a reader fails")
+                bar.update()
+            processes = 1
+
+
+def _run_in_pool(job: Preprocessing, tasks: Mapping, processes: int) -> Iterator[tuple[str, str | None]]:
+    """Yields identifier and outcome of those cases that were done before a worker died, if one did."""
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=end_with_parent)
     try:
-        running = {pool.submit(job.run, identifier, *task): identifier for identifier, task in tasks.items()}
-        for future in tqdm(as_completed(running), desc="Preprocessing", total=len(tasks), unit="case"):
-            reason = future.result()
-            if reason is None:
-                outcome.done += 1
-            else:
-                _reject(outcome, running[future], reason)
-    except BrokenProcessPool as error:
-        raise CommandError(
-            f"A worker process died, as happens when memory runs out; {outcome.done} of {len(tasks)} cases are done. "
-            "Run the command again, with a smaller -np, for the others."
-        ) from error
+        running = {pool.submit(job.run, identifier, *task): identifier for identifier, task in list(tasks.items())}
+        for future in as_completed(running):
+            if not isinstance(future.exception(), BrokenProcessPool):
+                yield running[future], future.result()
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupt does not wait for what has not begun
 

@@ -95,7 +95,7 @@ def read_splits(file: Path) -> list[Fold]:
     """The folds of a splits_final.json.
 
     Raises:
-        CommandError: it is not a list of folds with `train` and `val`.
+        CommandError: it is not a list of folds with `train` and `val`, or an `unlabeled` is not a list of names.
     """
     splits = read_json(file, _REMEDY)
     if not isinstance(splits, list):
@@ -103,6 +103,9 @@ def read_splits(file: Path) -> list[Fold]:
     for number, fold in enumerate(splits):
         if not (isinstance(fold, dict) and all(isinstance(fold.get(part), list) for part in ("train", "val"))):
             raise CommandError(f"{file}: fold {number} has no lists 'train' and 'val'. {_REMEDY}")
+        unlabeled = fold.get("unlabeled", [])
+        if not (isinstance(unlabeled, list) and all(isinstance(case, str) for case in unlabeled)):
+            raise CommandError(f"{file}: 'unlabeled' of fold {number} is not a list of identifiers. {_REMEDY}")
     return splits
 
 

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from nnunetv2_selfreg.data.unlabeled import UnlabeledPool
 
-# Resampling leaves ringing where the image was cut out of nothing; real intensities are of the order of 1.
-NOTHING = 1e-4
+# Resampling rings where the image was cut out of nothing; real intensities are of the order of 1. On a resampled
+# ellipsoid this keeps 4 % of the outside, next to the body, and loses less than 1 % of the body at its rim. Images of
+# preprocess_unlabeled are exactly zero outside.
+NOTHING = 0.05
 
 
 class TwoViews:
@@ -50,7 +52,11 @@ class TwoViews:
 
 
 def outside_of_body(image: Tensor) -> Tensor:
-    """-1 where all channels of `image` `(C, *spatial)` are zero, 0 elsewhere and in holes: `(1, *spatial)`, int16."""
+    """-1 where all channels of `image` `(C, *spatial)` are about 0, 0 elsewhere and in holes: `(1, *spatial)`, int16.
+
+    This is nnU-Net's nonzero mask as far as an image tells it: listed cases have theirs in the segmentation file, which
+    is not opened.
+    """
     body = binary_fill_holes((image.abs() > NOTHING).any(0).numpy())
     return torch.from_numpy(body.astype(np.int16) - 1)[None]
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import blosc2
 import numpy as np
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunetv2_selfreg.data.datasets import read_json
 from nnunetv2_selfreg.errors import CommandError
 
+RECIPE_FILE = "preprocessing.json"
 FORMATS = (".b2nd", ".npy", ".npz")  # nnU-Net's, the unpacked one before the packed one
 
 
@@ -24,43 +28,74 @@ class UnlabeledPool:
         """The image of a case, `(C, *spatial)` in float32, not read before it is sliced where the format allows."""
         file = self._files[identifier]
         if file.suffix == ".b2nd":
-            return blosc2.open(urlpath=str(file), mode="r", mmap_mode="r")
+            # As nnU-Net opens it: one thread in each worker; its library cannot map files on Windows.
+            mapped = {"mmap_mode": "r"} if os.name != "nt" else {}
+            return blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": 1}, **mapped)
         if file.suffix == ".npy":
             return np.load(file, mmap_mode="r")
         with np.load(file) as packed:
             return packed["data"]  # beside it lies "seg", which is not touched
 
 
-def find_pool(folder: Path, fold: Mapping[str, Iterable[str]], number: int | str) -> UnlabeledPool:
+def recipe(plans: PlansManager, configuration: ConfigurationManager) -> dict:
+    """What of the plans decides how an image is preprocessed, as JSON holds it."""
+    parts = ("preprocessor_name", "spacing", "normalization_schemes", "use_mask_for_norm")
+    resampling = ("resampling_fn_data", "resampling_fn_data_kwargs")
+    return {
+        **{name: configuration.configuration[name] for name in (*parts, *resampling)},
+        "transpose_forward": plans.transpose_forward,
+        "foreground_intensity_properties_per_channel": plans.foreground_intensity_properties_per_channel,
+    }
+
+
+def is_outdated(folder: Path, current: dict) -> bool:
+    """Whether there are cases in an `_unlabeled` folder that were made by another recipe."""
+    file = folder / RECIPE_FILE
+    return any(folder.glob("*.pkl")) and not (file.is_file() and read_json(file) == current)
+
+
+def find_pool(folder: Path, fold: Mapping[str, Iterable[str]], number: int | str, current: dict) -> UnlabeledPool:
     """The unlabelled pool of a fold: the cases of its `unlabeled` list, and all of `<folder>_unlabeled`.
 
     Args:
         folder: the preprocessed cases of the configuration, `<data_identifier>`.
         fold: `train`, `val` and `unlabeled` (which may be absent) with identifiers.
         number: of the fold, for the messages.
+        current: the :func:`recipe` of the configuration.
 
     Raises:
-        CommandError: no unlabelled case at all, one without a preprocessed image, or one that is also labelled.
+        CommandError: no unlabelled case at all, one without a preprocessed image, one that is also labelled, or
+            `<folder>_unlabeled` was made with other plans.
     """
     listed = list(fold.get("unlabeled", ()))
     own_folder = folder.with_name(f"{folder.name}_unlabeled")
-    files = {case: _image(folder, case) for case in listed}
-    missing = [case for case, file in files.items() if file is None]
-    if missing:
+    if is_outdated(own_folder, current):
         raise CommandError(
-            f"Fold {number} lists {_some(missing)} as unlabeled, but {folder} has no such case. "
-            "Correct splits_final.json, or preprocess the case."
+            f"{own_folder} was preprocessed with other plans than these. Run nnUNetv2_selfreg preprocess_unlabeled "
+            "with --overwrite, or delete the folder."
         )
     # The .pkl file is written last, so the image beside it is whole.
     finished = [file.stem for file in own_folder.glob("*.pkl") if file.with_suffix(".b2nd").is_file()]
+    files = {case: _image(folder, case) for case in listed} | {case: own_folder / f"{case}.b2nd" for case in finished}
+    missing = [case for case, file in files.items() if file is None]
+    if missing:
+        raise CommandError(
+            f"Fold {number} lists {_some(missing)} as unlabeled, but neither {folder} nor {own_folder} has such a "
+            "case. Correct splits_final.json, or preprocess the case."
+        )
     used = {"train": set(fold["train"]), "val": set(fold["val"])}
     for part, cases in used.items():
-        if both := cases & {*listed, *finished}:
+        if both := cases & set(listed):
             raise CommandError(
-                f"Fold {number} has {_some(sorted(both))} in {part} and among the unlabelled cases "
-                f"(`unlabeled` in splits_final.json, or {own_folder}). A case can be in one of them only."
+                f"Fold {number} has {_some(sorted(both))} in {part} and among the unlabelled cases. Take it out of one "
+                "of the two lists in splits_final.json."
             )
-    files |= {case: own_folder / f"{case}.b2nd" for case in finished}
+        if both := cases & set(finished):
+            raise CommandError(
+                f"Fold {number} has {_some(sorted(both))} in {part} and among the unlabelled cases. If its labels are "
+                f"to count, delete its .b2nd and .pkl file in {own_folder}; otherwise take it out of {part} in "
+                "splits_final.json."
+            )
     if not files:
         raise CommandError(
             f"Fold {number} has no unlabelled case: it lists none, and {own_folder} is empty or absent. For further "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -37,10 +38,16 @@ class MeanTeacher(SemiSupervised):
     ramp_up_length = 0.4
 
     def initialize(self) -> None:
+        self._require("consistency_weight", 0 <= self.consistency_weight < math.inf, "finite and 0 at least")
+        self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+        self._require("teacher_noise", self.teacher_noise >= 0, "0 at least")
         super().initialize()
         self.teacher = AveragedModel(unwrap(self.network), multi_avg_fn=self._average)
         self.teacher.requires_grad_(False)
-        self._run_teacher = torch.compile(self.teacher.module) if self._do_i_compile() else self.teacher.module
+        # Not dynamic: it shares its code with the student, whose batch is larger, and would be compiled for any size.
+        module = self.teacher.module
+        self._run_teacher = torch.compile(module, dynamic=False) if self._do_i_compile() else module
+        self._exchanged = False
         self._terms: dict[str, Tensor] = {}
 
     def _average(self, teacher: Sequence[Tensor], student: Sequence[Tensor], steps: Tensor) -> None:
@@ -104,6 +111,7 @@ class MeanTeacher(SemiSupervised):
         pairs += zip(mine.buffers(), teachers.buffers(), strict=True)
         for a, b in pairs:
             a.data, b.data = b.data, a.data
+        self._exchanged = not self._exchanged
 
     def validation_step(self, batch: dict) -> dict:
         # nnU-Net's step overwrites ignored voxels of the target, so each pass gets its own.
@@ -132,8 +140,8 @@ class MeanTeacher(SemiSupervised):
             super().save_checkpoint(filename)
 
     def extra_state(self) -> dict:
-        # Called while the weights have changed places.
-        state = {"student_weights": self.teacher.module.state_dict(), "teacher_steps": int(self.teacher.n_averaged)}
+        student = self.teacher.module if self._exchanged else unwrap(self.network)
+        state = {"student_weights": student.state_dict(), "teacher_steps": int(self.teacher.n_averaged)}
         return {**super().extra_state(), **state}
 
     def load_extra_state(self, state: dict, filename: str) -> None:
@@ -157,6 +165,10 @@ class UncertaintyAwareMeanTeacher(MeanTeacher):
 
     teacher_passes: int = 8
     """Noisy passes for the uncertainty."""
+
+    def initialize(self) -> None:
+        self._require("teacher_passes", self.teacher_passes >= 1, "1 at least")
+        super().initialize()
 
     def teach(self, weak: Tensor) -> tuple[Tensor, Tensor | None]:
         mean = sum(self._teacher_probabilities(weak) for _ in range(self.teacher_passes)) / self.teacher_passes

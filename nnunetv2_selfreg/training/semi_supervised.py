@@ -17,7 +17,7 @@ from torch import distributed as dist
 
 from nnunetv2_selfreg.data.splits import read_splits
 from nnunetv2_selfreg.data.two_stream import TwoStreamLoader, UnlabeledLoader
-from nnunetv2_selfreg.data.unlabeled import UnlabeledPool, find_pool
+from nnunetv2_selfreg.data.unlabeled import UnlabeledPool, find_pool, recipe
 from nnunetv2_selfreg.losses.consistency import gaussian_ramp_up
 from nnunetv2_selfreg.training.reliable import ReliableTraining
 
@@ -68,7 +68,12 @@ class SemiSupervised(ReliableTraining):
                 f"{type(self).__name__} cannot train {self.configuration_name}: unlabelled cases have no segmentation "
                 "of the previous stage. Use 3d_fullres or 3d_lowres."
             )
+        self._require("ramp_up_length", self.ramp_up_length > 0, "greater than 0")
         super().initialize()
+
+    def _require(self, name: str, fulfilled: bool, what: str) -> None:
+        if not fulfilled:
+            raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)}, it must be {what}")
 
     def on_train_epoch_start(self) -> None:
         self._steps_in_epoch = 0
@@ -103,15 +108,18 @@ class SemiSupervised(ReliableTraining):
 
     def unlabeled_pool(self) -> UnlabeledPool:
         """The images that this fold trains on without labels; errors as in :func:`find_pool`."""
+        listed = self._listed_as_unlabeled()  # first: nnU-Net's do_split does not check the file
         train, val = self.do_split()
         # With fold `all` nnU-Net validates on what it trains on.
-        fold = {"train": train, "val": val, "unlabeled": self._listed_as_unlabeled()}
-        return find_pool(Path(self.preprocessed_dataset_folder), fold, self.fold)
+        fold = {"train": train, "val": val, "unlabeled": listed}
+        current = recipe(self.plans_manager, self.configuration_manager)
+        return find_pool(Path(self.preprocessed_dataset_folder), fold, self.fold, current)
 
     def _listed_as_unlabeled(self) -> list[str]:
-        if self.fold == "all":
+        file = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
+        if self.fold == "all" or not file.is_file():
             return []
-        splits = read_splits(Path(self.preprocessed_dataset_folder_base) / "splits_final.json")
+        splits = read_splits(file)
         return splits[self.fold].get("unlabeled", []) if self.fold < len(splits) else []
 
     def get_dataloaders(self):
@@ -124,7 +132,11 @@ class SemiSupervised(ReliableTraining):
         )
         loaders = TwoStreamLoader(train.data_loader, unlabeled), val.data_loader
         workers = get_allowed_n_proc_DA()
-        augmenters = self._in_workers(loaders[0], workers, 6), self._in_workers(loaders[1], (workers + 1) // 2, 3)
+        half = max(1, workers // 2) if workers else 0
+        augmenters = (
+            self._in_workers(loaders[0], workers, max(6, workers // 2)),
+            self._in_workers(loaders[1], half, max(3, workers // 4)),
+        )
         for augmenter in augmenters:
             next(augmenter)
         return augmenters
@@ -137,7 +149,7 @@ class SemiSupervised(ReliableTraining):
             data_loader=loader,
             transform=None,
             num_processes=workers,
-            num_cached=max(cached, workers // 2),
+            num_cached=cached,
             seeds=None,
             pin_memory=self.device.type == "cuda",
             wait_time=0.002,
@@ -146,8 +158,7 @@ class SemiSupervised(ReliableTraining):
     def _unlabeled_of_this_rank(self) -> int:
         if self.unlabeled_batch_size is None:
             return self.batch_size
-        if self.unlabeled_batch_size < 1:
-            raise ValueError(f"unlabeled_batch_size is {self.unlabeled_batch_size}, it must be 1 at least, or None")
+        self._require("unlabeled_batch_size", self.unlabeled_batch_size >= 1, "1 at least, or None")
         world = dist.get_world_size() if self.is_ddp else 1
         share, rest = divmod(self.unlabeled_batch_size, world)
         if share + (self.local_rank < rest) < 1:

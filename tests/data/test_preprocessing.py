@@ -13,14 +13,15 @@ import numpy as np
 import phantom
 import pytest
 import SimpleITK as sitk
-from batchgenerators.utilities.file_and_folder_operations import load_pickle
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json, load_pickle, save_json
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from workspace import SHAPE
 
 from nnunetv2_selfreg import cli
 from nnunetv2_selfreg.data import images, preprocessing
-from nnunetv2_selfreg.errors import CommandError
+from nnunetv2_selfreg.data.two_stream import outside_of_body
 
 GOOD = ("new_000", "new_001")
 BAD = {
@@ -102,7 +103,7 @@ def names(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
 
 
-FILES = sorted(f"{case}.{ending}" for case in GOOD for ending in ("b2nd", "pkl"))
+FILES = sorted([*(f"{case}.{ending}" for case in GOOD for ending in ("b2nd", "pkl")), "preprocessing.json"])
 
 
 def test_images_as_nnunet_preprocesses_them_in_two_processes(workspace, capsys):
@@ -202,10 +203,76 @@ class _Exit:
         return os._exit, (1,)
 
 
-def test_worker_that_dies_ends_the_command(workspace):
+def test_case_that_its_worker_dies_of_is_named_and_the_others_are_done(workspace, capsys):
     job = preprocessing.prepare(workspace.preprocessed, ["2d"], "nnUNetPlans")
-    with pytest.raises(CommandError, match="worker process died"):
-        preprocessing.run_all(job, {case: ([_Exit()], []) for case in GOOD}, 1, preprocessing.Outcome([]))
+    job.begin()
+    whole = {case: ([workspace.images / f"{case}_0000.nii.gz"], [workspace.folder("2d")]) for case in GOOD}
+    deadly = {case: ([_Exit()], []) for case in ("deadly", "deadly_too")}
+    outcome = preprocessing.Outcome([])
+    preprocessing.run_all(job, {GOOD[0]: whole[GOOD[0]], **deadly, GOOD[1]: whole[GOOD[1]]}, 2, outcome)
+    assert outcome.done == 2
+    assert set(outcome.rejected) == set(deadly)
+    assert "deadly: its worker process died" in capsys.readouterr().err
+    assert names(workspace.folder("2d")) == FILES
+
+
+def test_cases_of_other_plans_are_not_taken_for_done(workspace, in_process, capsys):
+    assert workspace.run() == 0
+    (workspace.folder("2d") / "gone.pkl").touch()
+    plans = workspace.preprocessed / "nnUNetPlans.json"
+    content = load_json(str(plans))
+    content["configurations"]["2d"]["spacing"] = [3.0, 3.0]
+    save_json(content, str(plans))
+    capsys.readouterr()
+    assert_error(capsys, workspace.run(), "nnUNetPlans_2d_unlabeled was made with other plans than nnUNetPlans are now")
+    assert workspace.run("--overwrite") == 0
+    assert names(workspace.folder("2d")) == FILES
+    assert workspace.run() == 0
+
+
+@pytest.mark.parametrize("factor", [0.7, 1.25])
+def test_stored_image_tells_where_nnunet_masks(workspace, factor):
+    """After nnU-Net's own resampling, with a mask for one of two channels."""
+    body = sum(g**2 for g in np.meshgrid(*[np.linspace(-1.1, 1.1, n) for n in (20, 30, 30)], indexing="ij")) < 1
+    image = np.where(body, np.random.default_rng(0).normal(1, 0.5, (2, *body.shape)), 0)
+    configuration = PlansManager(str(workspace.preprocessed / "nnUNetPlans.json")).get_configuration("3d_fullres")
+    geometry = [round(n * factor) for n in body.shape], [1.0] * 3, [1 / factor] * 3
+    resampled = configuration.resampling_fn_data(image, *geometry)
+    segmentation = configuration.resampling_fn_seg(body[None] - 1, *geometry)
+    outside = segmentation[0] < 0
+    assert (resampled[:, outside] != 0).any(1).all()
+    untouched = resampled[1].copy()
+    guessed = outside_of_body(torch.from_numpy(resampled))[0].numpy() < 0
+    assert guessed[outside].mean() > 0.75  # the rest are neighbours of the body
+    assert guessed[~outside].mean() < 0.02
+
+    preprocessing.mask_outside(resampled, segmentation, [True, False])
+    np.testing.assert_array_equal(resampled[1], untouched)
+    told = outside_of_body(torch.from_numpy(resampled[:1]))[0].numpy() < 0
+    assert told[outside].all()
+    assert told[~outside].mean() < 0.02
+
+
+def test_masked_channels_are_stored_masked(workspace, in_process):
+    plans = workspace.preprocessed / "nnUNetPlans.json"
+    content = load_json(str(plans))
+    content["configurations"]["2d"]["use_mask_for_norm"] = [True]
+    save_json(content, str(plans))
+    file = workspace.images / "new_000_0000.nii.gz"
+    image = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+    image[:, :6, :6] = 0
+    write(file, image)
+    assert workspace.run() == 0
+    manager = PlansManager(content)
+    configuration = manager.get_configuration("2d")
+    description = str(workspace.preprocessed / "dataset.json")
+    expected, body, _ = configuration.preprocessor_class(verbose=False).run_case(
+        [str(file)], None, manager, configuration, description
+    )
+    outside = body < 0
+    assert outside.any()
+    stored = blosc2.open(str(workspace.folder("2d") / "new_000.b2nd"), mode="r")[:]
+    np.testing.assert_array_equal(stored, np.where(outside, 0, expected))
 
 
 def _leave_a_worker():

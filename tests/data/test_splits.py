@@ -126,6 +126,8 @@ def test_first_come_the_five_folds_that_nnunet_makes(data_sets, tmp_path, monkey
         ("null", "is not a list of folds"),
         ('[{"train": [], "val": []}, {"train": []}]', "fold 1 has no lists 'train' and 'val'"),
         ('["train", "val"]', "fold 0 has no lists"),
+        ('[{"train": [], "val": [], "unlabeled": null}]', "'unlabeled' of fold 0 is not a list of identifiers"),
+        ('[{"train": [], "val": [], "unlabeled": "case"}]', "'unlabeled' of fold 0 is not a list of identifiers"),
     ],
 )
 def test_corrupt_file_is_left_as_it_is(folder, capsys, content, reason):

@@ -5,6 +5,8 @@ import multiprocessing
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from workspace import Run, put_batch_shapes
 
@@ -17,6 +19,11 @@ def transforms(dimension: int, dummy_2d: bool = False, masks: bool = False):
     return nnUNetTrainer.get_training_transforms(
         patch, (-0.5, 0.5), [[1.0] * dimension, [0.5] * dimension], axes, dummy_2d, use_mask_for_norm=[masks, False]
     )
+
+
+def seed(number: int) -> None:
+    torch.manual_seed(number)
+    np.random.seed(number)  # noqa: NPY002 (some transforms draw from it)
 
 
 CASES = [(2, False), (3, False), (3, True)]
@@ -35,39 +42,50 @@ def image(dimension: int, dummy_2d: bool = False) -> torch.Tensor:
 def test_views_differ_in_intensities_only(dimension, dummy_2d):
     views = TwoViews(transforms(dimension, dummy_2d))
     differ = 0
-    for seed in range(25):
-        torch.manual_seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 (some transforms draw from it)
+    for number in range(25):
+        seed(number)
         strong, weak = views(image(dimension, dummy_2d))
         assert strong.shape == weak.shape == (2, *[16] * dimension)
         differ += not torch.equal(strong, weak)
         correlation = np.corrcoef(strong[0].flatten(), weak[0].flatten())[0, 1]
-        assert abs(correlation) > 0.4, seed  # the same geometry; gamma may invert, blur and noise may be strong
+        assert abs(correlation) > 0.4, number  # the same geometry; gamma may invert, blur and noise may be strong
     assert differ > 10
 
 
 @pytest.mark.parametrize(("dimension", "dummy_2d"), CASES)
-def test_weak_view_is_what_the_spatial_transforms_make(dimension, dummy_2d):
-    """nnU-Net's list with its intensity transforms switched off draws the same geometry."""
+def test_weak_view_is_what_nnunets_own_list_makes_without_intensities(dimension, dummy_2d):
     everything = transforms(dimension, dummy_2d)
-    for transform in everything.transforms:
-        if hasattr(transform, "apply_probability"):
-            transform.apply_probability = 0
+    spatial = [t for t in everything.transforms if not isinstance(t, RandomTransform)]  # the others are intensities
+    assert len(spatial) < len(everything.transforms)
     views = TwoViews(everything)
-    strong, weak = views(image(dimension, dummy_2d))
-    torch.testing.assert_close(strong, weak, rtol=0, atol=0)
-    assert weak.max() > 0
+    picture = image(dimension, dummy_2d)
+    different = 0
+    for number in range(10):
+        seed(number)
+        expected = ComposeTransforms(spatial)(image=picture, segmentation=torch.zeros_like(picture[:1]))["image"]
+        seed(number)
+        _, weak = views(picture)
+        torch.testing.assert_close(weak, expected, rtol=0, atol=0)
+        different += not torch.equal(weak, picture[tuple(slice(n) for n in weak.shape)])
+    assert different == 10
 
 
-def test_masked_channels_are_zero_outside_of_the_body_in_both_views():
+def test_masked_channels_are_zero_outside_of_the_body_in_both_views(monkeypatch):
     views = TwoViews(transforms(3, masks=True))
-    for seed in range(10):
-        torch.manual_seed(seed)
-        strong, weak = views(image(3))
-        outside = weak[1].abs() < 1e-6
+    shared, samples = views.shared, []
+    monkeypatch.setattr(views, "shared", lambda **sample: samples.append(shared(**sample)) or samples[-1])
+    for number in range(10):
+        seed(number)
+        strong, weak = views(image(3) + 0.01)  # as resampling leaves it outside
+        sample = samples[-1]
+        outside = sample["segmentation"][0] < 0
         assert outside.any()
-        for view in (strong, weak):
-            assert (view[0][outside & (weak[0] == 0)] == 0).float().mean() > 0.95
+        assert not outside.all()
+        assert (sample["image"][:, outside] != 0).any()
+        assert (strong[0][outside] == 0).all()
+        assert (weak[0][outside] == 0).all()
+        torch.testing.assert_close(weak[0][~outside], sample["image"][0][~outside])
+        torch.testing.assert_close(weak[1], sample["image"][1])  # not a masked channel
 
 
 def test_mask_is_the_images_own_with_holes_filled():

@@ -7,11 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from batchgenerators.utilities.file_and_folder_operations import load_json
+from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
-from workspace import InProcess, Run
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch.optim.swa_utils import AveragedModel
+from workspace import Run
 
 from nnunetv2_selfreg.errors import CommandError
+from nnunetv2_selfreg.training.mean_teacher import MeanTeacher
 
 NAME = "nnUNetTrainerMeanTeacher_4epochs_2iters"
 
@@ -82,6 +86,7 @@ def test_selfreg_never_sees_the_teachers_features(run):
     trainer._run_teacher = lambda image: run_teacher(image + 100)
     student = copy.deepcopy(trainer.network)
     trainer.train_step(batch)
+    assert trainer.loss.taps.empty
     assert len(seen[0].final) == len(batch["data"])
     expected = {}
     student.decoder.stages[-1].register_forward_hook(lambda _m, _i, output: expected.update(final=output))
@@ -107,12 +112,106 @@ def test_labelled_part_alone_reaches_the_supervised_loss(run):
     assert len(batch["data"]) == labelled + len(batch["data_weak"]) == 4
     changed = {**batch, "data": batch["data"].clone()}
     changed["data"][labelled:] += 1
-    both = [copy.copy(trainer) for _ in range(2)]
-    losses = []
-    for one, its_batch in zip(both, (batch, changed), strict=True):
-        with torch.no_grad():
-            losses.append(float(one.supervised_loss(trainer.network(its_batch["data"]), batch["target"])))
-    assert losses[0] == losses[1]
+    terms = []
+    for mine in (batch, changed):
+        trainer.semi_supervised_loss(trainer.network(mine["data"]), mine["target"], mine)
+        terms.append(trainer.loss_terms())
+    assert terms[0]["segmentation"] == terms[1]["segmentation"]
+    assert terms[0]["consistency"] != terms[1]["consistency"]
+
+
+@pytest.mark.parametrize("variant", ["labels", "regions"])
+def test_consistency_is_of_strong_and_weak_views(variant, run, data_sets):
+    """Recomputed from copies of both networks: student on the strong views, teacher on the weak ones."""
+    trainer = start(Run(data_sets.name(variant), run.configuration, NAME).build())
+    trainer.teacher_noise = 0.0
+    trainer.train_step(next(trainer.dataloader_train))
+    trainer.train_step(next(trainer.dataloader_train))  # student and teacher differ from here on
+    batch = next(trainer.dataloader_train)
+    labelled = len(batch["target"][0])
+    activation = torch.sigmoid if variant == "regions" else (lambda logits: torch.softmax(logits, 1))
+    with torch.no_grad():
+        student = activation(trainer.network(batch["data"])[0])[labelled:]
+        teacher = activation(trainer.teacher.module(batch["data_weak"])[0])
+    expected = float(((student - teacher) ** 2).mean())
+    assert trainer.train_step(batch)["consistency"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_noise_of_the_teacher_is_clipped(run):
+    trainer = start(run.build())
+    batch = next(trainer.dataloader_train)
+    inputs, run_teacher = [], trainer._run_teacher
+    trainer._run_teacher = lambda image: inputs.append(image) or run_teacher(image)
+    trainer.train_step(batch)
+    noise = inputs[0] - batch["data_weak"]
+    assert 0.19 < float(noise.abs().max()) < 0.2 + 1e-5
+    assert float(noise.std()) == pytest.approx(0.0959, rel=0.02)  # of N(0, 0.1) clipped at two deviations
+    assert len(inputs) == 1
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_uncertainty_is_of_the_passes_and_the_target_one_more(epoch, run):
+    aware = Run(run.data_set, run.configuration, "nnUNetTrainerUAMeanTeacher_4epochs_2iters")
+    trainer = start(aware.build())
+    trainer.current_epoch = epoch
+    batch = next(trainer.dataloader_train)
+    passes, one_pass = [], trainer._teacher_probabilities
+    trainer._teacher_probabilities = lambda weak: passes.append(one_pass(weak)) or passes[-1]
+    trainer.ramp_up_length = 1.0
+    target, kept = trainer.teach(batch["data_weak"])
+    assert len(passes) == 9
+    assert target is passes[8]
+    assert not torch.equal(passes[0], passes[1])
+    mean = torch.stack(passes[:8]).mean(0)
+    entropy = -(mean * torch.log(mean + 1e-6)).sum(1, keepdim=True)
+    threshold = 0.75 + 0.25 * np.exp(-5 * (1 - epoch / 4) ** 2)
+    classes = mean.shape[1]
+    margin = (entropy - threshold * np.log(classes)).abs() > 1e-5
+    torch.testing.assert_close(kept[margin], (entropy < threshold * np.log(classes))[margin])
+
+
+def test_gradients_are_clipped(run):
+    trainer = start(run.build())
+    loss = trainer.semi_supervised_loss
+    trainer.semi_supervised_loss = lambda *arguments: 1e4 * loss(*arguments)
+    trainer.train_step(next(trainer.dataloader_train))
+    norm = torch.cat([p.grad.flatten() for p in trainer.network.parameters() if p.grad is not None]).norm()
+    assert float(norm) == pytest.approx(12, rel=1e-3)
+
+
+def test_buffers_are_copied_and_change_places_too():
+    """nnU-Net's plans have none; other networks have batch normalisation."""
+    trainer = object.__new__(MeanTeacher)
+    trainer.network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.BatchNorm2d(2))
+    trainer.teacher = AveragedModel(trainer.network, multi_avg_fn=trainer._average)
+    trainer._exchanged = False
+    trainer.network(torch.rand(2, 1, 4, 4))
+    trainer.after_step()
+    student, teacher = trainer.network[1].running_mean, trainer.teacher.module[1].running_mean
+    torch.testing.assert_close(teacher, student)
+    teacher.fill_(7)
+    before = student.clone()
+    with trainer.teacher_weights():
+        assert (trainer.network[1].running_mean == 7).all()
+    torch.testing.assert_close(trainer.network[1].running_mean, before)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [
+        ("ramp_up_length", 0),
+        ("consistency_weight", -0.1),
+        ("consistency_weight", float("inf")),
+        ("ema_decay", 1.0),
+        ("teacher_noise", -1),
+        ("teacher_passes", 0),
+    ],
+)
+def test_impossible_setting_is_named(attribute, value, run):
+    trainer = Run(run.data_set, run.configuration, "nnUNetTrainerUAMeanTeacher").build()
+    setattr(trainer, attribute, value)
+    with pytest.raises(ValueError, match=f"nnUNetTrainerUAMeanTeacher.{attribute} is {value}, it must be"):
+        trainer.initialize()
 
 
 def finish(trainer) -> None:
@@ -199,15 +298,19 @@ def test_checkpoint_without_a_teacher_is_an_error(run):
 
 
 @pytest.mark.parametrize("damage", ["garbage", "deleted"])
-def test_segmentation_of_an_unlabelled_case_reaches_nothing(damage, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("variant", "configuration"), [("ignore", "3d_fullres"), ("regions", "2d")])
+def test_segmentation_of_an_unlabelled_case_reaches_nothing(
+    damage, variant, configuration, data_sets, tmp_path, monkeypatch
+):
     """A seeded run with the unlabelled case's segmentation replaced or deleted: the same losses, the same weights."""
+    run = Run(data_sets.name(variant), configuration, NAME)
     preprocessed = Path(shutil.copytree(Path(run.build().preprocessed_dataset_folder_base).parent, tmp_path / "copy"))
     monkeypatch.setenv("nnUNet_preprocessed", str(preprocessed))
     results = []
     for damaged in (False, True):
         monkeypatch.setenv("nnUNet_results", str(tmp_path / f"results-{damaged}"))
         folder = preprocessed / run.data_set
-        plans = load_json(str(folder / "nnUNetPlans.json"))["configurations"]["3d_fullres"]
+        plans = with_masks(folder, configuration)
         (unlabelled,) = load_json(str(folder / "splits_final.json"))[0]["unlabeled"]
         case = folder / plans["data_identifier"] / unlabelled
         if damaged and damage == "deleted":
@@ -222,26 +325,52 @@ def test_segmentation_of_an_unlabelled_case_reaches_nothing(damage, run, tmp_pat
         torch.manual_seed(0)
         trainer = run.build()
         trainer.num_epochs = 1
-        with_masks(trainer)
         finish(trainer)
-        results.append((trainer.logger.get_value("train_losses", None), weights(trainer.network)))
+        curves = trainer.logger.local_logger.my_fantastic_logging
+        losses = {name: curves[name] for name in ("train_losses", "segmentation", "consistency")}
+        results.append((losses, weights(trainer.network), weights(trainer.teacher)))
     assert results[0][0] == results[1][0]
-    torch.testing.assert_close(results[1][1], results[0][1], rtol=0, atol=0)
+    torch.testing.assert_close(results[1][1:], results[0][1:], rtol=0, atol=0)
 
 
-def with_masks(trainer) -> None:
-    trainer.configuration_manager.configuration["use_mask_for_norm"] = [True]
+def with_masks(folder: Path, configuration: str) -> dict:
+    """Switches mask-based normalisation on in the plans and in the recipe of the unlabelled cases."""
+    plans = load_json(str(folder / "nnUNetPlans.json"))
+    mine = plans["configurations"][configuration]
+    mine["use_mask_for_norm"] = [True]
+    save_json(plans, str(folder / "nnUNetPlans.json"))
+    file = str(folder / f"{mine['data_identifier']}_unlabeled" / "preprocessing.json")
+    save_json({**load_json(file), "use_mask_for_norm": [True]}, file)
+    return mine
 
 
-def test_prediction_uses_the_teacher(run, tmp_path):
+def test_prediction_and_final_validation_use_the_teacher(run, monkeypatch):
     trainer = run.build()
     trainer.num_epochs = 1
     trainer.run_training()
-    InProcess().predict(run, run.raw / "imagesTs", tmp_path / "predicted")
-    assert len(list((tmp_path / "predicted").glob("*.nii.gz"))) == 1
+    teacher, student = weights(trainer.teacher.module), weights(trainer.network)
+    assert not torch.equal(teacher[0], student[0])
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(run.model_folder), (0,))
+    torch.testing.assert_close(weights(predictor.network), teacher, rtol=0, atol=0)
+    validated = []
+    monkeypatch.setattr(
+        nnUNetTrainer, "perform_actual_validation", lambda self, _: validated.append(weights(self.network))
+    )
+    for mine in (trainer, run.build(continue_training=True)):  # right after training, and with --val
+        if mine is not trainer:
+            mine.load_checkpoint(str(run.folder / "checkpoint_final.pth"))
+        mine.perform_actual_validation()
+        torch.testing.assert_close(validated.pop(), teacher, rtol=0, atol=0)
+        torch.testing.assert_close(weights(mine.network), student, rtol=0, atol=0)
 
 
-def test_cascade_is_refused_with_the_reason(data_sets):
-    trainer = Run(data_sets.name("labels"), "3d_cascade_fullres", NAME).build()
-    with pytest.raises(NotImplementedError, match="no segmentation of the previous stage"):
-        trainer.initialize()
+@pytest.mark.parametrize("content", ["[{", "null", '[{"train": [], "val": [], "unlabeled": null}]'])
+def test_corrupt_splits_are_named_before_anything_is_loaded(content, run, tmp_path, monkeypatch):
+    trainer = run.build()
+    folder = tmp_path / run.data_set
+    folder.mkdir()
+    (folder / "splits_final.json").write_text(content)
+    trainer.preprocessed_dataset_folder_base = str(folder)
+    with pytest.raises(CommandError, match=r"splits_final\.json.*restore it"):
+        trainer.unlabeled_pool()

@@ -28,13 +28,20 @@ def train(rank: int, folder: str, run: Run) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     trainer = on_the_cpu(run.build())
-    torch.manual_seed(0)  # equal weights at the start are DDP's business, equal draws of channels nobody's
+    trainer.unlabeled_batch_size = 3  # of semi-supervised trainers
+    torch.manual_seed(rank)  # equal weights at the start are DDP's business
     trainer.initialize()
-    torch.manual_seed(rank)
+    first_teacher = copied_teacher(trainer)
     np.random.seed(rank)  # noqa: NPY002 (nnU-Net's loaders draw from it)
-    outputs = []
+    outputs, unlabeled = [], []
     step = trainer.train_step
-    trainer.train_step = lambda batch: outputs.append(step(batch)) or outputs[-1]
+
+    def recorded(batch):
+        unlabeled.append(len(batch.get("data_weak", ())))
+        outputs.append(step(batch))
+        return outputs[-1]
+
+    trainer.train_step = recorded
     trainer.run_training()
     torch.save(
         {
@@ -42,11 +49,17 @@ def train(rank: int, folder: str, run: Run) -> None:
             "weights": [p.detach() for p in trainer.network.parameters()],
             "curves": trainer.logger.local_logger.my_fantastic_logging,
             "empty": trainer.loss.taps.empty,
-            "teacher": [p.detach() for p in trainer.teacher.parameters()] if hasattr(trainer, "teacher") else [],
+            "unlabeled": unlabeled,
+            "first_teacher": first_teacher,
+            "teacher": copied_teacher(trainer),
         },
         f"{folder}/rank{rank}.pth",
     )
     dist.destroy_process_group()
+
+
+def copied_teacher(trainer) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in trainer.teacher.parameters()] if hasattr(trainer, "teacher") else []
 
 
 TERMS = {
@@ -71,7 +84,21 @@ def test_ranks_see_different_batches_and_agree_on_the_weights(ranks):
     (first, second), *_ = ranks
     assert first["outputs"][0]["loss"] != second["outputs"][0]["loss"]
     torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)
-    torch.testing.assert_close(first["teacher"], second["teacher"], rtol=0, atol=0)
+    for name in ("first_teacher", "teacher"):
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
+
+
+def test_unlabelled_samples_are_divided_among_the_ranks(ranks):
+    results, _, terms = ranks
+    expected = [2, 1] if "consistency" in terms else [0, 0]
+    assert [result["unlabeled"] for result in results] == [[share] * ITERATIONS for share in expected]
+
+
+def test_pseudo_dice_is_of_all_ranks(ranks):
+    results, _, terms = ranks
+    for name in ("mean_fg_dice", *({"student_dice"} if "consistency" in terms else ())):
+        values = [result["curves"][name] for result in results]
+        assert values[0] == values[1]
 
 
 def test_terms_are_means_over_all_ranks(ranks):
