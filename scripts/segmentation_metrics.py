@@ -38,10 +38,10 @@ def mask_metrics(prediction: np.ndarray, reference: np.ndarray, spacing: Sequenc
     if either == 0:
         return dict.fromkeys(METRICS, math.nan)
     overlap = {"dice": float(2 * both / (both + either)), "jaccard": float(both / either)}
-    if not prediction.any() or not reference.any():
-        diagonal = math.hypot(*np.multiply(prediction.shape, spacing))
-        return {**overlap, "hd95_mm": diagonal, "asd_mm": diagonal}
     masks, spacing = _without_flat_axes([prediction, reference], spacing)
+    if not prediction.any() or not reference.any():
+        diagonal = math.hypot(*np.multiply(masks[0].shape, spacing))
+        return {**overlap, "hd95_mm": diagonal, "asd_mm": diagonal}
     batch = [mask[None, None] for mask in masks]
     hausdorff = compute_hausdorff_distance(*batch, include_background=True, percentile=95, spacing=spacing)
     average = compute_average_surface_distance(*batch, include_background=True, symmetric=True, spacing=spacing)

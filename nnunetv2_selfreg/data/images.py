@@ -45,7 +45,10 @@ def why_misnamed(identifier: str, files: Sequence[Path], ending: str, labeled: s
         if expected not in names:
             return f"channel {channel} is missing ({expected})"
     if identifier in labeled:
-        return "a labelled case of the data set has this identifier; remove the image or rename it"
+        return (
+            "a labelled case of the data set has this identifier; remove the image or rename it (or, if the case has "
+            "no labels any more, its file in gt_segmentations of nnUNet_preprocessed)"
+        )
     return None
 
 
@@ -57,7 +60,8 @@ def check_image(data: np.ndarray, channels: Sequence[str], is_2d: bool) -> None:
     """
     if len(data) != len(channels):
         raise BadImageError(f"{len(data)} of {len(channels)} channels ({', '.join(channels)}) are there")
-    if (data.shape[1] == 1) != is_2d:
+    fits = data.shape[1] == 1 if is_2d else 1 not in data.shape[1:]
+    if not fits:
         raise BadImageError(f"the data set is {2 if is_2d else 3}D, the image is not: its shape is {data.shape[1:]}")
     _check_finite(data)
 

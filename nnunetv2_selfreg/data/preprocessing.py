@@ -12,7 +12,6 @@ import copy
 import io
 import multiprocessing
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,7 +57,8 @@ class Preprocessing:
 
     @property
     def channels(self) -> list[str]:
-        return list(self.dataset_json["channel_names"].values())
+        # nnU-Net still takes version 1's name of the entry.
+        return list((self.dataset_json.get("channel_names") or self.dataset_json["modality"]).values())
 
     @property
     def is_2d(self) -> bool:
@@ -76,10 +76,8 @@ class Preprocessing:
         return is_outdated(folder, recipe(self.plans, self.configurations[folder]))
 
     def begin(self) -> None:
-        """Makes the folders, each with the recipe of its cases; cases of another recipe are removed."""
+        """Makes the folders, each with the recipe of its cases."""
         for folder, configuration in self.configurations.items():
-            if self.outdated(folder):
-                shutil.rmtree(folder)
             folder.mkdir(exist_ok=True)
             with replacing(folder / RECIPE_FILE) as part:
                 save_json(recipe(self.plans, configuration), part)
@@ -115,6 +113,8 @@ class Preprocessing:
                 data, properties = self.plans.image_reader_writer_class().read_images(files)
         except Exception as error:
             raise BadImageError(f"cannot be read: {str(error) or printed.getvalue()}") from error
+        if printed.getvalue():
+            tqdm.write(f"{Path(files[0]).name}: {' '.join(printed.getvalue().split())}", file=sys.stderr)
         check_image(data, self.channels, self.is_2d)
         return data, properties
 
@@ -152,9 +152,11 @@ def preprocess_unlabeled(
     if processes < 1:
         raise CommandError(f"-np {processes} is no number of processes. Give 1 or more.")
     outcome = Outcome(list(job.configurations))
-    outdated = [folder for folder in outcome.folders if job.outdated(folder)]
-    if outdated and not overwrite:
-        raise CommandError(f"{outdated[0]} was made with other plans than {plans_name} are now. Give --overwrite.")
+    for outdated in filter(job.outdated, outcome.folders):
+        raise CommandError(
+            f"{outdated} was made with other plans than {plans_name} are now (or its {RECIPE_FILE} is missing). Delete "
+            "that folder, and preprocess all its images again."
+        )
     tasks = {}
     for identifier, files in cases.items():
         reason = why_misnamed(identifier, files, ending, labeled)
@@ -256,6 +258,10 @@ def run_all(
                 del left[culprit]
                 _reject(outcome, culprit, "its worker process died, as happens when memory runs out or a reader fails")
                 bar.update()
+            elif left:
+                tqdm.write(
+                    f"A worker process died. The {len(left)} cases left are done one at a time.", file=sys.stderr
+                )
             processes = 1
 
 

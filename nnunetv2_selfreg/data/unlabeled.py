@@ -71,8 +71,8 @@ def find_pool(folder: Path, fold: Mapping[str, Iterable[str]], number: int | str
     own_folder = folder.with_name(f"{folder.name}_unlabeled")
     if is_outdated(own_folder, current):
         raise CommandError(
-            f"{own_folder} was preprocessed with other plans than these. Run nnUNetv2_selfreg preprocess_unlabeled "
-            "with --overwrite, or delete the folder."
+            f"{own_folder} was preprocessed with other plans than these (or its {RECIPE_FILE} is missing). Delete that "
+            "folder, and run nnUNetv2_selfreg preprocess_unlabeled again."
         )
     # The .pkl file is written last, so the image beside it is whole.
     finished = [file.stem for file in own_folder.glob("*.pkl") if file.with_suffix(".b2nd").is_file()]

@@ -225,9 +225,27 @@ def test_cases_of_other_plans_are_not_taken_for_done(workspace, in_process, caps
     save_json(content, str(plans))
     capsys.readouterr()
     assert_error(capsys, workspace.run(), "nnUNetPlans_2d_unlabeled was made with other plans than nnUNetPlans are now")
-    assert workspace.run("--overwrite") == 0
-    assert names(workspace.folder("2d")) == FILES
+    assert_error(capsys, workspace.run("--overwrite"), "Delete that folder")
+    assert (workspace.folder("2d") / "gone.pkl").exists()
+    shutil.rmtree(workspace.folder("2d"))
     assert workspace.run() == 0
+    assert names(workspace.folder("2d")) == FILES
+
+
+def test_warnings_of_the_reader_are_passed_on(workspace, capsys):
+    """As about channels that do not lie on each other."""
+    description = workspace.preprocessed / "dataset.json"
+    content = load_json(str(description))
+    content["modality"] = {**content.pop("channel_names"), "1": "T2"}  # nnU-Net 1 called it so
+    plans = workspace.preprocessed / "nnUNetPlans.json"
+    job = preprocessing.Preprocessing(PlansManager(str(plans)), content, {})
+    first = workspace.images / f"{GOOD[0]}_0000.nii.gz"
+    image = sitk.ReadImage(str(first))
+    image.SetOrigin((50, 0, 0))
+    second = first.with_name(f"{GOOD[0]}_0001.nii.gz")
+    sitk.WriteImage(image, str(second))
+    job.read([str(first), str(second)])
+    assert f"{first.name}: WARNING! Not all input images have the same origin" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("factor", [0.7, 1.25])
@@ -329,6 +347,7 @@ def test_image_that_fits_its_data_set(shape, is_2d):
         ((1, 8, 8, 8), False, r"1 of 2 channels \(T1, T2\)"),
         ((2, 8, 8, 8), True, "the data set is 2D"),
         ((2, 1, 8, 8), False, "the data set is 3D"),
+        ((2, 8, 8, 1), False, "the data set is 3D"),
     ],
 )
 def test_image_that_does_not_fit_its_data_set(shape, is_2d, reason):

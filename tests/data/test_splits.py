@@ -155,9 +155,19 @@ def test_size_that_is_no_number(folder, capsys):
     assert "--labeled" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dataset", ["6", "Dataset006_Missing", "Few"])
+@pytest.mark.parametrize("dataset", ["6", "Few"])
 def test_unknown_data_set(folder, capsys, dataset):
-    assert dataset in error_of(capsys, "split", "-d", dataset, "--labeled", "2")
+    assert f"-d {dataset}: " in error_of(capsys, "split", "-d", dataset, "--labeled", "2")
+
+
+def test_data_set_that_is_not_there(folder, capsys):
+    error = error_of(capsys, "split", "-d", "Dataset006_Missing", "--labeled", "2")
+    assert "Dataset006_Missing is no preprocessed data set" in error
+
+
+def test_fold_without_unlabelled_cases_says_what_is_missing(folder, capsys):
+    assert cli.main(["split", "-d", "5", "--labeled", "5", "--val", "1"]) == 0
+    assert "nnUNetTrainerMeanTeacher    (after nnUNetv2_selfreg preprocess_unlabeled)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("missing", ["dataset.json", "gt_segmentations"])

@@ -118,6 +118,37 @@ def test_batch_is_as_the_design_says(variant, configuration, data_sets):
     assert {k for _ in range(5) for k in next(loader)["keys"][2:]} == set(trainer.unlabeled_pool().identifiers)
 
 
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_labelled_part_is_the_batch_of_stock_nnunet(configuration, data_sets):
+    """Foreground oversampling included: the same draws make the same samples."""
+    batches = []
+    for trainer in ("nnUNetTrainer_2epochs_2iters", "nnUNetTrainerMeanTeacher_2epochs_2iters"):
+        built = Run(data_sets.name("labels"), configuration, trainer).build()
+        built.initialize()
+        loader, _ = built.get_dataloaders()
+        seed(0)
+        batches.append(next(loader))
+    stock, mine = batches
+    assert list(mine["keys"][:2]) == list(stock["keys"])
+    torch.testing.assert_close(mine["data"][:2], stock["data"], rtol=0, atol=0)
+    torch.testing.assert_close(mine["target"], stock["target"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_unlabelled_crops_come_from_anywhere(configuration, data_sets):
+    trainer = Run(data_sets.name("labels"), configuration, "nnUNetTrainerMeanTeacher_2epochs_2iters").build()
+    trainer.initialize()
+    loader = trainer.get_dataloaders()[0].data_loader.unlabeled
+    final = [1, *loader.final_patch_size[-2:]] if configuration == "2d" else list(loader.final_patch_size)
+    shape = [n + 4 for n in final]  # so the middle of a patch has five places on each axis, the patch in the image
+    picture = np.arange(np.prod(shape), dtype=np.float32).reshape(1, *shape)
+    seed(0)
+    crops = [loader._crop(picture)[0] for _ in range(300)]
+    middles = [int(crop[tuple(n // 2 for n in crop.shape)]) for crop in crops]
+    for positions, length in zip(np.unravel_index(middles, shape), final, strict=True):
+        assert {length // 2 + offset for offset in range(5)} <= set(positions)  # nnU-Net pads odd margins by one more
+
+
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_loader_goes_to_a_worker_however_it_is_started(method, data_sets):
     trainer = Run(data_sets.name("labels"), "2d", "nnUNetTrainerMeanTeacher_2epochs_2iters").build()

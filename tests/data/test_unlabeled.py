@@ -53,7 +53,7 @@ def test_memory_does_not_grow_with_the_pool(folder):
 def test_cases_made_with_other_plans_are_an_error(folder, change):
     file = folder.with_name("plans_3d_unlabeled") / "preprocessing.json"
     file.write_text(json.dumps(change)) if change else file.unlink()
-    with pytest.raises(CommandError, match=r"plans_3d_unlabeled was preprocessed with other plans.*--overwrite"):
+    with pytest.raises(CommandError, match=r"plans_3d_unlabeled was preprocessed with other plans.*Delete that folder"):
         find_pool(folder, {"train": ["a"], "val": ["b"]}, 5, RECIPE)
 
 

@@ -38,14 +38,15 @@ def test_distances_in_mm_equal_all_pairs(seed, shape):
     np.testing.assert_allclose([metrics["hd95_mm"], metrics["asd_mm"]], by_all_pairs(*flat), rtol=1e-5)
 
 
-def test_a_missed_structure_counts_with_the_diagonal_and_nothing_at_all_with_nan():
-    mask = np.zeros((3, 4), bool)
-    nothing = segmentation_metrics.mask_metrics(mask, mask, (1, 1))
+@pytest.mark.parametrize(("shape", "spacing"), [((3, 4), (2, 2)), ((1, 3, 4), (999, 2, 2))])
+def test_a_missed_structure_counts_with_the_diagonal_and_nothing_at_all_with_nan(shape, spacing):
+    mask = np.zeros(shape, bool)
+    nothing = segmentation_metrics.mask_metrics(mask, mask, spacing)
     assert all(math.isnan(value) for value in nothing.values())
     one = mask.copy()
-    one[1, 1] = True
+    one[..., 1, 1] = True
     for pair in ((mask, one), (one, mask)):
-        missed = segmentation_metrics.mask_metrics(*pair, (2, 2))
+        missed = segmentation_metrics.mask_metrics(*pair, spacing)
         assert missed == {"dice": 0, "jaccard": 0, "hd95_mm": 10, "asd_mm": 10}
 
 
