@@ -117,7 +117,8 @@ def draw_differences(cases: pd.DataFrame, file: Path) -> None:
         axes.plot(interval(mine), [height + 0.25] * 2, "k-", linewidth=2)
         axes.plot(mine.mean(), height + 0.25, "kd")
     axes.axvline(0, color="gray", linewidth=1)
-    axes.set(yticks=range(len(values)), yticklabels=values, xlabel="Dice, trainer minus stock, points (dot: a case)")
+    axes.set(yticks=range(len(values)), yticklabels=values, ylim=(-0.5, len(values) - 0.25))
+    axes.set_xlabel("Dice, trainer minus stock, points (a dot is a case)")
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
