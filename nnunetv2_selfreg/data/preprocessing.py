@@ -152,10 +152,11 @@ def preprocess_unlabeled(
     if processes < 1:
         raise CommandError(f"-np {processes} is no number of processes. Give 1 or more.")
     outcome = Outcome(list(job.configurations))
-    for outdated in filter(job.outdated, outcome.folders):
+    outdated = [folder for folder in outcome.folders if job.outdated(folder)]
+    if outdated:
         raise CommandError(
-            f"{outdated} was made with other plans than {plans_name} are now (or its {RECIPE_FILE} is missing). Delete "
-            "that folder, and preprocess all its images again."
+            f"{outdated[0]} was made with other plans than {plans_name} are now (or its {RECIPE_FILE} is missing). "
+            "Delete that folder, and preprocess all its images again."
         )
     tasks = {}
     for identifier, files in cases.items():
@@ -245,19 +246,20 @@ def run_all(
     """
     left = dict(tasks)
     with tqdm(desc="Preprocessing", total=len(tasks), unit="case") as bar:
+
+        def finish(identifier: str, reason: str | None) -> None:
+            del left[identifier]
+            if reason is None:
+                outcome.done += 1
+            else:
+                _reject(outcome, identifier, reason)
+            bar.update()
+
         while left:
             for identifier, reason in _run_in_pool(job, left, processes):
-                del left[identifier]
-                if reason is None:
-                    outcome.done += 1
-                else:
-                    _reject(outcome, identifier, reason)
-                bar.update()
+                finish(identifier, reason)
             if left and processes == 1:
-                culprit = next(iter(left))
-                del left[culprit]
-                _reject(outcome, culprit, "its worker process died, as happens when memory runs out or a reader fails")
-                bar.update()
+                finish(next(iter(left)), "its worker process died, as happens when memory runs out or a reader fails")
             elif left:
                 tqdm.write(
                     f"A worker process died. The {len(left)} cases left are done one at a time.", file=sys.stderr
@@ -269,7 +271,7 @@ def _run_in_pool(job: Preprocessing, tasks: Mapping, processes: int) -> Iterator
     """Yields identifier and outcome of those cases that were done before a worker died, if one did."""
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=end_with_parent)
     try:
-        running = {pool.submit(job.run, identifier, *task): identifier for identifier, task in list(tasks.items())}
+        running = {pool.submit(job.run, identifier, *task): identifier for identifier, task in tasks.items()}
         for future in as_completed(running):
             if not isinstance(future.exception(), BrokenProcessPool):
                 yield running[future], future.result()

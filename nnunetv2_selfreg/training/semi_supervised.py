@@ -160,9 +160,9 @@ class SemiSupervised(ReliableTraining):
             return self.batch_size
         self._require("unlabeled_batch_size", self.unlabeled_batch_size >= 1, "1 at least, or None")
         world = dist.get_world_size() if self.is_ddp else 1
-        share, rest = divmod(self.unlabeled_batch_size, world)
-        if share + (self.local_rank < rest) < 1:
+        if self.unlabeled_batch_size < world:
             raise ValueError(f"unlabeled_batch_size is {self.unlabeled_batch_size}, fewer than the {world} processes")
+        share, rest = divmod(self.unlabeled_batch_size, world)
         return share + (self.local_rank < rest)
 
 
