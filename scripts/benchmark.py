@@ -1,109 +1,49 @@
 """Trainers against stock nnU-Net: one plan, the same cases and iterations, every run through nnU-Net's own commands.
 
     python scripts/benchmark.py left-atrium-8 -o runs -tr nnUNetTrainer nnUNetTrainerMeanTeacher --repetitions 3
+    python scripts/benchmark.py -d 4 -c 3d_fullres -f 0 1 -o runs -tr nnUNetTrainer nnUNetTrainerSelfReg
     python scripts/benchmark.py left-atrium-8 -o runs -tr nnUNetTrainer --jobs > jobs.txt
 
-A protocol (`scripts/protocols/*.json`) names data set, folds, plan and length. What is missing of plans, preprocessed
-cases and folds is made first. Each run has an `nnUNet_results` of its own and ends with a `result.json` and a
-`metrics.csv` beside it; the *last* checkpoint is what is validated. Start it again after an interruption: finished runs
-are skipped, the others continue from their last checkpoint or begin anew. `--jobs` prints a command for each unfinished
-run instead, for SLURM arrays or GNU parallel.
+A protocol (`scripts/protocols/*.json`) names data set, folds, plan and length; what is missing of plans, preprocessed
+cases and folds is made first. Without one, any preprocessed data set will do. Each run has an `nnUNet_results` of its
+own and ends with a `metrics.csv` and a `result.json`; the *last* checkpoint is what is validated. Start the command
+again after an interruption: finished runs are skipped, the others continue from their last whole checkpoint or begin
+anew. `--jobs` prints a command for each unfinished run instead, for SLURM arrays or GNU parallel.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import errno
+import fcntl
+import math
 import os
 import platform
+import re
 import shlex
-import subprocess
 import sys
-from copy import deepcopy
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from commands import ExitStatusError, call
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from protocol import Protocol, protocol_names
 from segmentation_metrics import METRICS, folder_metrics
 from tqdm import tqdm
 
-from nnunetv2_selfreg.data.datasets import labeled_cases
-from nnunetv2_selfreg.data.splits import append_fold, new_fold, read_splits
+from nnunetv2_selfreg.errors import CommandError
 from nnunetv2_selfreg.files import replacing
 
-PROTOCOLS = Path(__file__).resolve().parent / "protocols"
 PACKAGES = ("nnunetv2", "nnunetv2-selfreg", "torch", "monai")
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What all trainers have in common, at one scale."""
-
-    name: str
-    dataset: str
-    plans: str
-    configuration: str
-    epochs: int
-    iterations: int
-    inherits_from: str
-    batch_size: int
-    features_per_stage: list[int]
-    spacing: list[float] | None = None
-    folds: list[int] | None = None
-    split: dict | None = None
-
-    @classmethod
-    def load(cls, name: str, scale: str) -> Protocol:
-        """The protocol of a name.
-
-        Raises:
-            ValueError: there is none, or not of that scale; the message lists what there is.
-        """
-        file = PROTOCOLS / f"{name}.json"
-        if not file.is_file():
-            raise ValueError(f"there is no protocol {name}; there are {', '.join(sorted(protocol_names()))}")
-        content = load_json(str(file))
-        scales = content.pop("scales")
-        if scale not in scales:
-            raise ValueError(f"protocol {name} has no scale {scale}; it has {', '.join(scales)}")
-        return cls(name=f"{name}-{scale}", **content, **scales[scale])
-
-    @property
-    def folder(self) -> Path:
-        """The preprocessed data set."""
-        return Path(os.environ["nnUNet_preprocessed"]) / self.dataset
-
-    def prepare(self) -> list[int]:
-        """Makes what is missing of plans, configuration, preprocessed cases and folds; returns the folds."""
-        if not (self.folder / "dataset_fingerprint.json").is_file():
-            call("nnUNetv2_extract_fingerprint", "-d", self.dataset)
-        plans = self.folder / f"{self.plans}.json"
-        if not plans.is_file():
-            spacing = ["-overwrite_target_spacing", *map(str, self.spacing)] if self.spacing else []
-            call("nnUNetv2_plan_experiment", "-d", self.dataset, *spacing, "-overwrite_plans_name", self.plans)
-        content = load_json(str(plans))
-        if self.configuration not in content["configurations"]:
-            content["configurations"][self.configuration] = self.small(content["configurations"])
-            with replacing(plans) as part:
-                save_json(content, part, sort_keys=False)
-        if not (self.folder / content["configurations"][self.inherits_from]["data_identifier"]).is_dir():
-            call("nnUNetv2_preprocess", "-d", self.dataset, "-plans_name", self.plans, "-c", self.inherits_from)
-        return self.folds if self.split is None else [self.fold()]
-
-    def small(self, configurations: dict) -> dict:
-        """The planned network with other widths, in batches of another size."""
-        architecture = deepcopy(configurations[self.inherits_from]["architecture"])
-        architecture["arch_kwargs"]["features_per_stage"] = self.features_per_stage
-        return {"inherits_from": self.inherits_from, "batch_size": self.batch_size, "architecture": architecture}
-
-    def fold(self) -> int:
-        """The number of the protocol's split in splits_final.json, to which it is appended if it is not there."""
-        wanted = new_fold(labeled_cases(self.folder), **self.split)
-        file = self.folder / "splits_final.json"
-        splits = read_splits(file) if file.is_file() else []
-        return splits.index(wanted) if wanted in splits else append_fold(self.dataset, **self.split)[0]
+FAILURES = (ExitStatusError, CommandError, OSError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -138,129 +78,248 @@ class Run:
         model = f"{self.model[1]}__{self.protocol.plans}__{self.protocol.configuration}"
         return self.folder / "nnUNet_results" / self.protocol.dataset / model / f"fold_{self.fold}"
 
-    def execute(self) -> None:
-        """Trains, validates and measures."""
+    @property
+    def command(self) -> list[str]:
         training = [self.protocol.dataset, self.protocol.configuration, str(self.fold), *self.model]
-        command = ["nnUNetv2_train", *training, "-device", self.device]
+        return ["nnUNetv2_train", *training, "-device", self.device]
+
+    def execute(self, on_epoch: Callable[[], object]) -> str | None:
+        """Trains, validates and measures. Returns why the run failed for good, that is how it diverged, or None.
+
+        Raises:
+            ExitStatusError, CommandError, OSError, ValueError: it failed otherwise and can be executed again.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        call(*command, "--c", log=self.folder / "log.txt", nnUNet_results=str(self.folder / "nnUNet_results"))
-        rows = list(
-            folder_metrics(
-                self.results / "validation",
-                self.protocol.folder / "gt_segmentations",
-                load_json(str(self.protocol.folder / "dataset.json")),
-            )
-        )
+        with locked(self.folder / "lock") as descriptor:
+            if self.finished:  # by whoever held the lock
+                return None
+            remove_broken_checkpoints(self.results)
+            try:
+                measured = self.train(on_epoch, descriptor)
+                failure = divergence(measured["curves"]["train_losses"])
+            except ExitStatusError as error:
+                if "FloatingPointError" not in str(error):
+                    raise
+                measured, failure = {}, f"it diverged: {str(error).splitlines()[-1]}"
+            if failure is None:
+                self.write_metrics()
+            with replacing(self.folder / "result.json") as part:
+                save_json({**self.about(), "failure": failure, **measured}, part, sort_keys=False)
+            return failure
+
+    def train(self, on_epoch: Callable[[], object], lock: int) -> dict:
+        """Runs nnUNetv2_train; returns what its checkpoint and its log tell."""
+        log = self.folder / "log.txt"
+        environment = {**os.environ, "nnUNet_results": str(self.folder / "nnUNet_results")}
+        before, on_device = memory_in_use(self.device), []
+
+        def watch(line: str) -> None:
+            if "Epoch time:" in line:  # torch keeps what it once took, so looking once an epoch is enough
+                on_device.append(memory_in_use(self.device) - before)
+                on_epoch()
+
+        on_host = call(*self.command, "--c", log=log, environment=environment, on_line=watch, keep_open=[lock])
+        peak = max(on_device) if self.device == "cuda" and on_device else on_host
+        return {
+            **self.from_checkpoint(),
+            "peak_memory_mib": peak / 2**20 if on_device else None,  # None: it had been trained in an earlier call
+            "prediction_seconds": prediction_seconds(log.read_text()),
+        }
+
+    def write_metrics(self) -> None:
+        references = self.protocol.folder / "gt_segmentations"
+        description = load_json(str(self.protocol.folder / "dataset.json"))
+        rows = list(folder_metrics(self.results / "validation", references, description))
         with replacing(self.folder / "metrics.csv") as part, open(part, "w", newline="") as file:
             table = csv.DictWriter(file, ["case", "class", *METRICS])
             table.writeheader()
             table.writerows(rows)
-        with replacing(self.folder / "result.json") as part:
-            save_json({**self.about(), "command": shlex.join(command)}, part, sort_keys=False)
+
+    def from_checkpoint(self) -> dict:
+        """The size of the network and the learning curves."""
+        checkpoint = torch.load(self.results / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+        # A decoder holds its encoder, so some tensors have two names.
+        tensors = {tensor.data_ptr(): tensor.numel() for tensor in checkpoint["network_weights"].values()}
+        curves = {name: [as_plain(value) for value in values] for name, values in checkpoint["logging"].items()}
+        return {"parameters": sum(tensors.values()), "curves": curves}
 
     def about(self) -> dict:
-        """What else the report needs: the learning curves, the size of the network, the machine, the versions."""
-        checkpoint = torch.load(self.results / "checkpoint_final.pth", map_location="cpu", weights_only=False)
-        tensors = {tensor.data_ptr(): tensor.numel() for tensor in checkpoint["network_weights"].values()}
+        """What was run, where, and with which versions."""
         return {
             "protocol": self.protocol.name,
+            "dataset": self.protocol.dataset,
             "trainer": self.trainer,
             "fold": self.fold,
             "repetition": self.repetition,
-            "parameters": sum(tensors.values()),
-            "curves": {name: list(map(_plain, values)) for name, values in checkpoint["logging"].items()},
-            "machine": torch.cuda.get_device_name() if self.device == "cuda" else f"{os.cpu_count()} cores, {cpu()}",
+            "epochs": self.protocol.epochs,
+            "iterations": self.protocol.iterations,
+            "validation": str(self.results.relative_to(self.folder) / "validation"),
+            "command": shlex.join(self.command),
+            "machine": torch.cuda.get_device_name() if self.device == "cuda" else f"{os.cpu_count()} x {cpu()}",
             "versions": {package: version(package) for package in PACKAGES},
         }
 
 
-def _plain(value):
+def memory_in_use(device: str) -> int:
+    """Bytes in use on the GPU, by whomever; 0 for a CPU, where the system tells the peak of a process."""
+    if device != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def divergence(losses: list[float]) -> str | None:
+    """How a training diverged, if it did: stock nnU-Net trains on with a loss that is not a number."""
+    bad = [epoch for epoch, loss in enumerate(losses) if not math.isfinite(loss)]
+    return f"it diverged: the training loss of epoch {bad[0]} is {losses[bad[0]]}" if bad else None
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[int]:
+    """Waits until no other process holds the lock. The run inherits the descriptor and holds the lock as well: should
+    this process be killed, nobody trains in the folder beside the run that it leaves behind."""
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tqdm.write(f"{file.parent.name} is being trained by another process; waiting for it", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock.fileno()
+
+
+def remove_broken_checkpoints(folder: Path) -> None:
+    """Stock nnU-Net writes checkpoints in place, so a kill or a full disk may leave half of one."""
+    for file in folder.glob("checkpoint_*.pth"):
+        try:
+            torch.load(file, map_location="cpu", weights_only=False)
+        except Exception as error:  # whatever unpickling half a file comes to
+            tqdm.write(f"{file} is broken and removed ({error})", file=sys.stderr)
+            file.unlink()
+
+
+def prediction_seconds(log: str) -> float | None:
+    """Median time from one validation case to the next in nnU-Net's log; None for a single case."""
+    stamps = re.findall(r"^(\S+ [\d:.]+): predicting ", log, re.MULTILINE)
+    times = [datetime.fromisoformat(stamp).timestamp() for stamp in stamps]
+    return float(np.median(np.diff(times))) if len(times) > 1 else None
+
+
+def as_plain(value):
     """A logged value as JSON has it."""
-    return [float(v) for v in value] if isinstance(value, (list, tuple)) else float(value)
+    return [float(v) for v in value] if isinstance(value, (list, tuple, np.ndarray)) else float(value)
 
 
 def cpu() -> str:
     """The name of the processor."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def call(*command: str, log: Path | None = None, **environment: str) -> None:
-    """Runs a command of this environment.
+def execute(runs: list[Run]) -> int:
+    """Executes the runs, all of them even if some fail; the status is 1 then. A full disk ends it at once."""
+    failed = 0
+    with tqdm(total=sum(run.protocol.epochs for run in runs), unit="epoch", disable=None) as progress:
+        for run in runs:
+            progress.set_description(run.folder.name)
+            expected = progress.n + run.protocol.epochs
+            try:
+                failure = run.execute(progress.update)
+            except FAILURES as error:
+                failure = str(error)
+                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                    tqdm.write(f"{failure}. Make room and start again: finished runs are kept.", file=sys.stderr)
+                    return 1
+            if failure is not None:
+                failed += 1
+                tqdm.write(f"{run.folder.name}: {failure}", file=sys.stderr)
+            progress.total -= expected - progress.n  # of epochs that an earlier call trained, or that never will be
+    return 1 if failed else 0
+
+
+def print_jobs(runs: list[Run], arguments: argparse.Namespace) -> None:
+    """A command for each run, with the names that the user gave."""
+    common = [arguments.protocol] if arguments.protocol else []
+    for option, value in (("-d", arguments.d), ("-c", arguments.c), ("-p", arguments.p)):
+        common += [option, value] if value else []
+    for option in ("scale", "epochs", "iterations"):
+        value = getattr(arguments, option)
+        common += [f"--{option}", value] if value else []
+    script = os.path.relpath(__file__)
+    for run in runs:
+        this = ["-o", arguments.o, "-tr", run.trainer, "-f", run.fold, "--only", run.repetition, "-device", run.device]
+        print(shlex.join(map(str, ["python", script, *common, *this])))
+
+
+def chosen_protocol(arguments: argparse.Namespace) -> Protocol:
+    """The protocol of the command line: a named one, or one made of -d, -c, -p and the length.
 
     Raises:
-        RuntimeError: it failed; the message has the end of what it printed.
+        ValueError: neither names nor options make a protocol.
     """
-    program = str(Path(sys.executable).with_name(command[0]))
-    done = subprocess.run(
-        [program, *command[1:]], capture_output=True, text=True, env={**os.environ, **environment}, check=False
-    )
-    if log is not None:
-        log.write_text(done.stdout + done.stderr)
-    if done.returncode != 0:
-        end = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
-        raise RuntimeError(f"{shlex.join(command)} failed with status {done.returncode}:\n{end}")
+    try:
+        dataset = maybe_convert_to_dataset_name(arguments.d) if arguments.d else None
+    except RuntimeError as error:
+        raise ValueError(f"-d {arguments.d}: {str(error).splitlines()[0]}") from error
+    if arguments.protocol:
+        protocol = Protocol.load(arguments.protocol, arguments.scale or "cpu")
+        return replace(protocol, dataset=dataset) if dataset else protocol
+    if not (dataset and arguments.c):
+        raise ValueError(f"name a protocol ({', '.join(protocol_names())}), or a data set with -d and -c")
+    plans, epochs, iterations = arguments.p or "nnUNetPlans", arguments.epochs or 1000, arguments.iterations or 250
+    name = f"{dataset}-{arguments.c}-{plans}-{epochs}x{iterations}"
+    return Protocol(name, dataset, plans, arguments.c, epochs, iterations, folds=[0])
 
 
-def protocol_names() -> list[str]:
-    return [file.stem for file in PROTOCOLS.glob("*.json")]
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("protocol", help=", ".join(sorted(protocol_names())))
+    parser.add_argument("protocol", nargs="?", help=", ".join(protocol_names()))
     parser.add_argument("-o", type=Path, required=True, metavar="FOLDER", help="of all runs")
     parser.add_argument("-tr", nargs="+", default=["nnUNetTrainer"], metavar="TRAINER")
-    parser.add_argument("-device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("-f", type=int, nargs="+", metavar="FOLD", help="only these; default: the protocol's")
-    parser.add_argument("--scale", default="cpu")
-    parser.add_argument("--repetitions", type=int, default=1, metavar="N")
-    parser.add_argument("--only", type=int, metavar="R", help="only repetition R, counted from 1")
+    parser.add_argument("-f", type=int, nargs="+", metavar="FOLD", help="default: the protocol's, or 0")
+    parser.add_argument("--scale", help="of the protocol: cpu (default), full, published")
+    parser.add_argument("--repetitions", type=positive, default=1, metavar="N")
+    parser.add_argument("--only", type=positive, metavar="R", help="only repetition R, counted from 1")
+    parser.add_argument("-device", choices=["cpu", "cuda"], help="default: cpu at that scale, cuda otherwise")
     parser.add_argument("--jobs", action="store_true", help="print a command for each unfinished run")
+    free = parser.add_argument_group("without a protocol (-d also replaces a protocol's data set)")
+    free.add_argument("-d", metavar="DATASET", help="name or id")
+    free.add_argument("-c", metavar="CONFIGURATION")
+    free.add_argument("-p", metavar="PLANS", help="default: nnUNetPlans")
+    free.add_argument("--epochs", type=positive, metavar="N", help="default: 1000")
+    free.add_argument("--iterations", type=positive, metavar="N", help="of an epoch, default: 250")
     arguments = parser.parse_args()
+    if arguments.protocol and (arguments.c or arguments.p or arguments.epochs or arguments.iterations):
+        parser.error(
+            "a protocol has its own configuration, plans and length: -c, -p, --epochs, --iterations are not for it"
+        )
+    arguments.o.mkdir(parents=True, exist_ok=True)
     try:
-        protocol = Protocol.load(arguments.protocol, arguments.scale)
-    except ValueError as error:
+        protocol = chosen_protocol(arguments)
+        folds = protocol.prepare(arguments.o / "preparation.txt")
+    except FAILURES as error:
         parser.error(str(error))
-    folds = protocol.prepare()
     repetitions = [arguments.only] if arguments.only else range(1, arguments.repetitions + 1)
     runs = [
-        Run(protocol, trainer, fold, repetition, arguments.o.resolve(), arguments.device)
-        for fold in arguments.f or folds
+        Run(protocol, trainer, fold, repetition, arguments.o.resolve(), arguments.device or protocol.device)
         for repetition in repetitions
+        for fold in arguments.f or folds
         for trainer in arguments.tr
     ]
     unfinished = [run for run in runs if not run.finished]
-    if not arguments.jobs:
-        print(f"{len(runs) - len(unfinished)} of {len(runs)} runs are finished.")
-        return execute(unfinished)
-    for run in unfinished:
-        this = ["-tr", run.trainer, "-f", run.fold, "--only", run.repetition, "--scale", arguments.scale]
-        command = [
-            "python",
-            "scripts/benchmark.py",
-            arguments.protocol,
-            "-o",
-            arguments.o,
-            "-device",
-            run.device,
-            *this,
-        ]
-        print(shlex.join(map(str, command)))
-    return 0
-
-
-def execute(runs: list[Run]) -> int:
-    """Executes the runs, all of them even if some fail; status 1 then."""
-    failed = 0
-    for run in tqdm(runs, unit="run", disable=None):
-        try:
-            run.execute()
-        except RuntimeError as error:
-            failed += 1
-            tqdm.write(f"{run.folder.name}: {error}", file=sys.stderr)
-    return 1 if failed else 0
+    if arguments.jobs:
+        print_jobs(unfinished, arguments)
+        return 0
+    print(f"{len(runs) - len(unfinished)} of {len(runs)} runs are finished.")
+    return execute(unfinished)
 
 
 if __name__ == "__main__":

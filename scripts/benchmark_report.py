@@ -1,43 +1,57 @@
-"""What the runs of a protocol say: a table, the paired differences to stock nnU-Net, and figures.
+"""What the runs of a protocol say: tables, the paired differences to stock nnU-Net, and figures.
 
     python scripts/benchmark_report.py runs/left-atrium-8-cpu -o report
 
-Reads `result.json` and `metrics.csv` of each run that `benchmark.py` finished in the folder; nothing else is needed, so
-these two can be kept without the models. Writes `report.md`, `cases.csv` (every case of every run), `differences.png`
-and `learning_curves.png`.
+Reads `result.json` and `metrics.csv` of each run that `benchmark.py` finished in the folder; these can be kept without
+the models. Writes `report.md`, `cases.csv` (every case of every run), `differences.png`, `learning_curves.png` and
+`dice_against_time.png`; where the predictions are still there and the images in `nnUNet_raw`, also the contours of the
+best, the median and the worst case, in `contours-TRAINER.png`.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from scipy.stats import bootstrap, wilcoxon
 from segmentation_metrics import METRICS
 
+from nnunetv2_selfreg.analysis.contours import Case, contour_figure
+
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 STOCK = "nnUNetTrainer"
 IN_PERCENT = ("dice", "jaccard")
+BOOTSTRAP_SEED = 0
 
 
 def read_runs(folder: Path) -> tuple[pd.DataFrame, list[dict]]:
-    """All rows of all finished runs, with `trainer`, `fold` and `repetition`, overlaps in percent; and their results.
+    """All rows of all finished runs, with `trainer`, `fold` and `repetition`, overlaps in percent; and all results with
+    their `folder`, also of runs that diverged.
 
     Raises:
         FileNotFoundError: no run is finished.
     """
     tables, results = [], []
     for file in sorted(folder.glob("*/result.json")):
-        result = load_json(str(file))
-        table = pd.read_csv(file.with_name("metrics.csv"))
-        tables.append(table.assign(**{name: result[name] for name in ("trainer", "fold", "repetition")}))
+        result = {"failure": None, **load_json(str(file)), "folder": file.parent}
         results.append(result)
+        if result["failure"] is None:
+            table = pd.read_csv(file.with_name("metrics.csv"))
+            tables.append(table.assign(**{name: result[name] for name in ("trainer", "fold", "repetition")}))
     if not tables:
         raise FileNotFoundError(f"{folder} has no finished run (*/result.json)")
     cases = pd.concat(tables, ignore_index=True)
@@ -57,60 +71,101 @@ def differences(cases: pd.DataFrame, metric: str) -> dict[str, pd.Series]:
     return {name: (of_case[name] - of_case[STOCK]).dropna() for name in of_case if STOCK in of_case and name != STOCK}
 
 
-def interval(values: pd.Series, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval (BCa) of the mean over cases."""
-    found = bootstrap((values.to_numpy(),), np.mean, random_state=np.random.default_rng(seed)).confidence_interval
+def interval(values: pd.Series) -> tuple[float, float]:
+    """95 % bootstrap interval (BCa) of the mean over cases; NaN for a single case."""
+    if len(values) < 2:
+        return np.nan, np.nan
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    found = bootstrap((values.to_numpy(),), np.mean, random_state=generator).confidence_interval
     return float(found.low), float(found.high)
 
 
 def markdown(cases: pd.DataFrame, results: list[dict]) -> str:
-    lines = [f"# {results[0]['protocol']}", "", *_summary_table(cases, results), "", *_difference_table(cases), ""]
+    tables = [_summary_table(cases), _difference_table(cases), _cost_table(results)]
     machines = sorted({result["machine"] for result in results})
     versions = sorted({", ".join(f"{k} {v}" for k, v in result["versions"].items()) for result in results})
-    commands = dict.fromkeys(result["command"] for result in results)
-    return "\n".join([*lines, *machines, "", *versions, "", "```bash", *commands, "```", ""])
+    failed = [f"{result['folder'].name}: {result['failure']}" for result in results if result["failure"]]
+    return "\n\n".join(
+        [
+            f"# {results[0]['protocol']}",
+            *("\n".join(table) for table in tables if table),
+            *failed,
+            "Machines: " + "; ".join(machines),
+            "Versions: " + "; ".join(versions),
+            f"Seeds: trainings are not seeded, as in nnU-Net; bootstrap {BOOTSTRAP_SEED}.",
+            "\n".join(["```bash", *dict.fromkeys(result["command"] for result in results), "```"]),
+        ]
+    )
 
 
-def _summary_table(cases: pd.DataFrame, results: list[dict]) -> list[str]:
-    columns = ["trainer", "class", "runs", *METRICS.values(), "parameters", "epoch, s"]
-    lines = ["Mean over cases; ± is the standard deviation over runs.", "", _row(columns), _row(["---"] * len(columns))]
+def _summary_table(cases: pd.DataFrame) -> list[str]:
+    lines = ["Mean over cases; ± is the standard deviation over runs.", ""]
+    lines += _head("trainer", "class", "runs", *METRICS.values())
     for (trainer, name), row in summary(cases).iterrows():
-        mine = [result for result in results if result["trainer"] == trainer]
         numbers = [_with_spread(row[metric]) for metric in METRICS]
-        cost = [f"{mine[0]['parameters'] / 1e6:.2f} M", f"{np.median([epoch_seconds(r) for r in mine]):.1f}"]
-        lines.append(_row([trainer, name, int(row[("dice", "count")]), *numbers, *cost]))
+        lines.append(_row(trainer, name, int(row[("dice", "count")]), *numbers))
     return lines
 
 
 def _difference_table(cases: pd.DataFrame) -> list[str]:
-    columns = ["trainer minus stock", "metric", "cases", "mean", "95 % interval", "better cases", "Wilcoxon p"]
-    lines = ["Paired over cases, each averaged over its runs.", "", _row(columns), _row(["---"] * len(columns))]
+    if not differences(cases, "dice"):
+        return []
+    lines = ["Paired over cases, each averaged over its runs and classes.", ""]
+    lines += _head("trainer minus stock", "metric", "cases", "mean", "95 % interval", "better cases", "Wilcoxon p")
     for metric, title in METRICS.items():
         for trainer, values in differences(cases, metric).items():
             low, high = interval(values)
             better = (values > 0).sum() if metric in IN_PERCENT else (values < 0).sum()
             numbers = [f"{values.mean():+.2f}", f"{low:+.2f} to {high:+.2f}", better, f"{wilcoxon(values).pvalue:.2g}"]
-            lines.append(_row([trainer, title, len(values), *numbers]))
+            lines.append(_row(trainer, title, len(values), *numbers))
     return lines
 
 
-def epoch_seconds(result: dict) -> float:
-    """Median time of an epoch."""
-    curves = result["curves"]
-    return float(np.median(np.subtract(curves["epoch_end_timestamps"], curves["epoch_start_timestamps"])))
+def _cost_table(results: list[dict]) -> list[str]:
+    """Medians over runs; a dash where no run has been measured."""
+    costs = pd.DataFrame([{"trainer": result["trainer"], **costs_of(result)} for result in results])
+    lines = ["Medians over runs; a step with nnU-Net's online validation, a prediction with mirroring.", ""]
+    lines += _head("trainer", *costs.columns[1:])
+    for trainer, row in costs.groupby("trainer").median().iterrows():
+        lines.append(_row(trainer, *("–" if np.isnan(value) else f"{value:.3g}" for value in row)))
+    return lines
+
+
+def costs_of(result: dict) -> dict[str, float]:
+    """What a run took; NaN for what was not measured."""
+    seconds = epoch_seconds(result)
+    return {
+        "parameters, M": result.get("parameters", np.nan) / 1e6,
+        "step, s": np.median(seconds) / result.get("iterations", np.nan) if len(seconds) else np.nan,
+        "training, min": seconds.sum() / 60 if len(seconds) else np.nan,
+        "peak memory, MiB": result.get("peak_memory_mib") or np.nan,
+        "prediction of a case, s": result.get("prediction_seconds") or np.nan,
+    }
+
+
+def epoch_seconds(result: dict) -> np.ndarray:
+    """The time of each epoch; none if the run left no curves."""
+    curves = result.get("curves", {"epoch_end_timestamps": [], "epoch_start_timestamps": []})
+    return np.subtract(curves["epoch_end_timestamps"], curves["epoch_start_timestamps"])
 
 
 def _with_spread(values: pd.Series) -> str:
     return f"{values['mean']:.2f}" + ("" if np.isnan(values["std"]) else f" ± {values['std']:.2f}")
 
 
-def _row(cells: list) -> str:
+def _row(*cells: object) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
+def _head(*titles: str) -> list[str]:
+    return [_row(*titles), _row(*["---"] * len(titles))]
+
+
 def draw_differences(cases: pd.DataFrame, file: Path) -> None:
-    """Dice of each trainer minus stock, a dot for each case, the mean with its interval."""
+    """Dice of each trainer minus stock, a dot for each case, the mean with its interval. Nothing without stock."""
     values = differences(cases, "dice")
+    if not values:
+        return
     figure, axes = plt.subplots(figsize=(7, 1.2 + 0.5 * len(values)), layout="constrained")
     for height, mine in enumerate(values.values()):
         axes.plot(mine, np.full(len(mine), height), "o", alpha=0.4, markeredgewidth=0)
@@ -125,30 +180,96 @@ def draw_differences(cases: pd.DataFrame, file: Path) -> None:
 
 def draw_learning_curves(results: list[dict], file: Path) -> None:
     """Moving average of the pseudo Dice by epoch, a line for each run."""
+    with _figure_by_trainer(results, file) as (axes, colors):
+        for result in results:
+            axes.plot(result["curves"]["ema_fg_dice"], color=colors[result["trainer"]])
+        axes.set(xlabel="epoch", ylabel="pseudo Dice, moving average")
+
+
+def draw_dice_against_time(cases: pd.DataFrame, results: list[dict], file: Path) -> None:
+    """Mean Dice on the validation cases against the time of the training, a dot for each run."""
+    of_run = cases.groupby(["trainer", "fold", "repetition"])["dice"].mean()
+    with _figure_by_trainer(results, file) as (axes, colors):
+        for result in results:
+            dice = of_run[result["trainer"], result["fold"], result["repetition"]]
+            axes.plot(epoch_seconds(result).sum() / 60, dice, "o", color=colors[result["trainer"]])
+        axes.set(xlabel="training, min", ylabel="mean Dice, %")
+
+
+@contextmanager
+def _figure_by_trainer(results: list[dict], file: Path) -> Iterator[tuple[Axes, dict[str, str]]]:
+    """Axes with a legend of trainers, and their colours."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     colors = {name: f"C{n}" for n, name in enumerate(dict.fromkeys(result["trainer"] for result in results))}
-    for result in results:
-        label = result["trainer"] if result["trainer"] not in axes.get_legend_handles_labels()[1] else None
-        axes.plot(result["curves"]["ema_fg_dice"], color=colors[result["trainer"]], label=label)
-    axes.set(xlabel="epoch", ylabel="pseudo Dice, moving average")
-    axes.legend()
+    yield axes, colors
+    axes.legend(handles=[Line2D([], [], color=color, label=name) for name, color in colors.items()])
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
 
-def main() -> None:
+def draw_contours(cases: pd.DataFrame, results: list[dict], folder: Path) -> list[str]:
+    """The best, the median and the worst case by the mean Dice over all runs, as a first run of each trainer predicts
+    them. Returns the trainers whose contours cannot be drawn, because predictions or images are not there."""
+    ranking = cases.groupby("case")["dice"].mean().sort_values().index
+    chosen = {"best": ranking[-1], "median": ranking[len(ranking) // 2], "worst": ranking[0]}
+    raw = Path(os.environ.get("nnUNet_raw", ""), results[0].get("dataset", ""))
+    missing = []
+    for trainer in dict.fromkeys(result["trainer"] for result in results):
+        mine = [result for result in results if result["trainer"] == trainer]
+        try:
+            drawn = [_case_to_draw(which, case, cases, mine, raw) for which, case in chosen.items()]
+        except FileNotFoundError:
+            missing.append(trainer)
+        else:
+            contour_figure(drawn, folder / f"contours-{trainer}.png")
+    return missing
+
+
+def _case_to_draw(which: str, case: str, cases: pd.DataFrame, results: list[dict], raw: Path) -> Case:
+    """A case of the raw data set as the first of the runs that has it predicts it.
+
+    Raises:
+        FileNotFoundError: none of them has it, or there is no such data set.
+    """
+    description = load_json(str(raw / "dataset.json"))
+    name = case + description["file_ending"]
+    predictions = {result["folder"] / result.get("validation", "") / name: result for result in results}
+    predicted = next(filter(Path.is_file, predictions), None)
+    if predicted is None:
+        raise FileNotFoundError(name)
+    files = get_filenames_of_train_images_and_targets(str(raw), description)[case]
+    reader = determine_reader_writer_from_dataset_json(description, files["images"][0], verbose=False)()
+    image, properties = reader.read_images(files["images"][:1])
+    reference, prediction = (reader.read_seg(str(file))[0][0] for file in (files["label"], predicted))
+    run = {name: predictions[predicted][name] for name in ("trainer", "fold", "repetition")}
+    of_run = cases[(cases[list(run)] == pd.Series(run)).all(axis=1) & (cases["case"] == case)]
+    title = f"{which}: {case}, Dice {of_run['dice'].mean():.1f} %"
+    return Case(title, image[0], reference, prediction, properties["spacing"])
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
     parser.add_argument("-o", type=Path, required=True, metavar="FOLDER")
     arguments = parser.parse_args()
-    cases, results = read_runs(arguments.runs)
+    try:
+        cases, results = read_runs(arguments.runs)
+    except FileNotFoundError as error:
+        parser.error(str(error))
     arguments.o.mkdir(parents=True, exist_ok=True)
-    (arguments.o / "report.md").write_text(markdown(cases, results))
+    report = markdown(cases, results)
+    (arguments.o / "report.md").write_text(report + "\n")
     cases.to_csv(arguments.o / "cases.csv", index=False)
+    finished = [result for result in results if result["failure"] is None]
     draw_differences(cases, arguments.o / "differences.png")
-    draw_learning_curves(results, arguments.o / "learning_curves.png")
-    print((arguments.o / "report.md").read_text())
+    draw_learning_curves(finished, arguments.o / "learning_curves.png")
+    draw_dice_against_time(cases, finished, arguments.o / "dice_against_time.png")
+    missing = draw_contours(cases, finished, arguments.o)
+    print(report)
+    if missing:
+        print(f"\nNo contours of {', '.join(missing)}: predictions or nnUNet_raw are not there.", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

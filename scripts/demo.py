@@ -13,17 +13,16 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import phantom
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from commands import ExitStatusError, add_configuration, call
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from tqdm import tqdm
@@ -214,14 +213,11 @@ class Demo:
     def add_small_configuration(self) -> str:
         """Adds `demo` to the plans: the planned network with half the features, batches of two. Returns what it is
         derived from."""
-        plans = load_json(str(self.plans))
-        base = "3d_fullres" if "3d_fullres" in plans["configurations"] else "2d"
-        architecture = deepcopy(plans["configurations"][base]["architecture"])
-        features = architecture["arch_kwargs"]["features_per_stage"]
-        architecture["arch_kwargs"]["features_per_stage"] = [n // 2 for n in features]
-        small = {"inherits_from": base, "batch_size": 2, "architecture": architecture}
-        plans["configurations"]["demo"] = small
-        save_json(plans, str(self.plans), sort_keys=False)
+        configurations = load_json(str(self.plans))["configurations"]
+        base = "3d_fullres" if "3d_fullres" in configurations else "2d"
+        features = configurations[base]["architecture"]["arch_kwargs"]["features_per_stage"]
+        half = {"features_per_stage": [n // 2 for n in features]}
+        add_configuration(self.plans, "demo", base, {"batch_size": 2}, half)
         return base
 
     @property
@@ -234,21 +230,15 @@ class Demo:
         return determine_reader_writer_from_dataset_json(self.description, str(image), verbose=False)()
 
     def call(self, *command: str, on_line: Callable[[str], object] = lambda _: None) -> None:
-        """Runs one of nnU-Net's commands of this environment with the demo's own folders. Ends the demo if it fails."""
-        log = self.folder / "logs" / f"{command[0]}.txt"
+        """Runs one of nnU-Net's commands with the demo's own folders. Ends the demo if it fails."""
         environment = {key: value for key, value in os.environ.items() if key != "nnUNet_extTrainer"}
         for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
             environment[name] = str(self.folder / name)
-        environment |= {"PYTHONUNBUFFERED": "1", "nnUNet_def_n_proc": environment.get("nnUNet_def_n_proc", "2")}
-        program = str(Path(sys.executable).with_name(command[0]))
-        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        with log.open("a") as file, subprocess.Popen([program, *command[1:]], env=environment, **output) as process:
-            for line in process.stdout or ():
-                file.write(line)
-                on_line(line)
-        if process.returncode != 0:
-            end = "\n".join(log.read_text().splitlines()[-15:])
-            sys.exit(f"{' '.join(command)}\nfailed with status {process.returncode}; the end of {log}:\n{end}")
+        environment["nnUNet_def_n_proc"] = environment.get("nnUNet_def_n_proc", "2")
+        try:
+            call(*command, log=self.folder / "logs" / f"{command[0]}.txt", environment=environment, on_line=on_line)
+        except ExitStatusError as error:
+            sys.exit(str(error))
 
 
 def _link(file: Path, link: Path) -> None:

@@ -51,7 +51,7 @@ def test_mean_over_cases_and_deviation_over_runs(runs):
     assert dice["mean"] == pytest.approx(np.mean(means))
     assert dice["std"] == pytest.approx(np.std(means, ddof=1))
     assert dice["count"] == 2
-    assert sorted(map(benchmark_report.epoch_seconds, results)) == [1, 1, 2]
+    assert sorted(benchmark_report.epoch_seconds(result).sum() for result in results) == [4, 4, 8]
 
 
 def test_differences_are_paired_by_case(runs):
@@ -80,6 +80,7 @@ def test_report_has_every_number_and_the_commands(runs, tmp_path, monkeypatch, c
     assert "torch 2.15.0" in report
     assert sorted(file.name for file in (tmp_path / "report").iterdir()) == [
         "cases.csv",
+        "dice_against_time.png",
         "differences.png",
         "learning_curves.png",
         "report.md",

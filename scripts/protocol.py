@@ -1,0 +1,114 @@
+"""What all trainers of a benchmark have in common: data set, folds, plan and length."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from commands import add_configuration, call
+
+from nnunetv2_selfreg.data.datasets import labeled_cases
+from nnunetv2_selfreg.data.splits import append_fold, new_fold, read_splits
+
+PROTOCOLS = Path(__file__).resolve().parent / "protocols"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A data set with folds, and at one scale the plan and the length.
+
+    Without `base` the plans have the configuration already; with it, the configuration is derived from `base` by
+    `settings` (of the configuration) and `architecture` (arguments of the network). `split` is a fold as
+    `nnunetv2_selfreg split` makes it, in the place of `folds`.
+    """
+
+    name: str
+    dataset: str
+    plans: str
+    configuration: str
+    epochs: int
+    iterations: int
+    device: str = "cuda"
+    folds: list[int] = field(default_factory=list)
+    split: dict | None = None
+    spacing: list[float] | None = None
+    base: str | None = None
+    settings: dict = field(default_factory=dict)
+    architecture: dict = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, name: str, scale: str) -> Protocol:
+        """The protocol of a name.
+
+        Raises:
+            ValueError: there is none, or not of that scale; the message lists what there is.
+        """
+        file = PROTOCOLS / f"{name}.json"
+        if not file.is_file():
+            raise ValueError(f"there is no protocol {name}; there are {', '.join(protocol_names())}")
+        content = load_json(str(file))
+        scales = content.pop("scales")
+        if scale not in scales:
+            raise ValueError(f"protocol {name} has no scale {scale}; it has {', '.join(scales)}")
+        return cls(name=f"{name}-{scale}", **content, **scales[scale])
+
+    @property
+    def folder(self) -> Path:
+        """The preprocessed data set."""
+        return Path(os.environ["nnUNet_preprocessed"]) / self.dataset
+
+    def prepare(self, log: Path) -> list[int]:
+        """Makes what is missing of plans, configuration, preprocessed cases and folds; returns the folds.
+
+        Raises:
+            ValueError: neither the raw nor the preprocessed data set is there, or the plans have another configuration
+                of that name.
+            ExitStatusError: one of nnU-Net's commands failed.
+        """
+        self._require_data_set()
+        if not (self.folder / "dataset_fingerprint.json").is_file():
+            call("nnUNetv2_extract_fingerprint", "-d", self.dataset, log=log)
+        plans = self.folder / f"{self.plans}.json"
+        if not plans.is_file():
+            spacing = ["-overwrite_target_spacing", *map(str, self.spacing)] if self.spacing else []
+            named = ["-overwrite_plans_name", self.plans]
+            call("nnUNetv2_plan_experiment", "-d", self.dataset, *spacing, *named, log=log)
+        if self.base:
+            add_configuration(plans, self.configuration, self.base, self.settings, self.architecture)
+        base = self.base or self.configuration
+        configurations = load_json(str(plans))["configurations"]
+        if base not in configurations:
+            raise ValueError(f"{plans} has no configuration {base}; it has {', '.join(configurations)}")
+        if not self._is_preprocessed(configurations, base):
+            call("nnUNetv2_preprocess", "-d", self.dataset, "-plans_name", self.plans, "-c", base, log=log)
+        return self.folds if self.split is None else [self._fold()]
+
+    def _require_data_set(self) -> None:
+        for name in ("nnUNet_raw", "nnUNet_preprocessed"):
+            if name not in os.environ:
+                raise ValueError(f"the environment variable {name} is not set")
+        raw = Path(os.environ["nnUNet_raw"]) / self.dataset
+        if not raw.is_dir() and not self.folder.is_dir():
+            raise ValueError(f"{raw} does not exist: put the raw data set there, in nnU-Net's format")
+
+    def _is_preprocessed(self, configurations: dict, name: str) -> bool:
+        """Whether every case is there: an interrupted preprocessing leaves a folder that lacks some."""
+        while "data_identifier" not in configurations[name]:
+            name = configurations[name]["inherits_from"]
+        folder = self.folder / configurations[name]["data_identifier"]
+        if not (self.folder / "gt_segmentations").is_dir():
+            return False
+        return all((folder / f"{case}.pkl").is_file() for case in labeled_cases(self.folder))
+
+    def _fold(self) -> int:
+        """The number of the protocol's split in splits_final.json, to which it is appended if it is not there."""
+        wanted = new_fold(labeled_cases(self.folder), **self.split)
+        file = self.folder / "splits_final.json"
+        splits = read_splits(file) if file.is_file() else []
+        return splits.index(wanted) if wanted in splits else append_fold(self.dataset, **self.split)[0]
+
+
+def protocol_names() -> list[str]:
+    return sorted(file.stem for file in PROTOCOLS.glob("*.json"))
