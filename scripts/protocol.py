@@ -68,13 +68,14 @@ class Protocol:
             ExitStatusError: one of nnU-Net's commands failed.
         """
         self._require_data_set()
+        number = str(int(self.dataset[7:10]))  # nnU-Net's commands before the training take no names
         if not (self.folder / "dataset_fingerprint.json").is_file():
-            call("nnUNetv2_extract_fingerprint", "-d", self.dataset, log=log)
+            call("nnUNetv2_extract_fingerprint", "-d", number, log=log)
         plans = self.folder / f"{self.plans}.json"
         if not plans.is_file():
             spacing = ["-overwrite_target_spacing", *map(str, self.spacing)] if self.spacing else []
             named = ["-overwrite_plans_name", self.plans]
-            call("nnUNetv2_plan_experiment", "-d", self.dataset, *spacing, *named, log=log)
+            call("nnUNetv2_plan_experiment", "-d", number, *spacing, *named, log=log)
         if self.base:
             add_configuration(plans, self.configuration, self.base, self.settings, self.architecture)
         base = self.base or self.configuration
@@ -82,7 +83,7 @@ class Protocol:
         if base not in configurations:
             raise ValueError(f"{plans} has no configuration {base}; it has {', '.join(configurations)}")
         if not self._is_preprocessed(configurations, base):
-            call("nnUNetv2_preprocess", "-d", self.dataset, "-plans_name", self.plans, "-c", base, log=log)
+            call("nnUNetv2_preprocess", "-d", number, "-plans_name", self.plans, "-c", base, log=log)
         return self.folds if self.split is None else [self._fold()]
 
     def _require_data_set(self) -> None:

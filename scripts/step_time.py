@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("-b", type=int, metavar="N", help="samples a step; default: the plan's batch size")
     parser.add_argument("-device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=15, help="after two that are not counted")
+    parser.add_argument("--without-loading", action="store_true", help="measure the steps only")
     parser.add_argument("-o", type=Path, help="write the table as JSON to this file")
     arguments = parser.parse_args()
     if arguments.rounds < 2:
@@ -55,8 +56,7 @@ def main() -> None:
         os.environ["nnUNet_results"] = results  # a trainer writes a log file as soon as it exists
         trainers = {name: build(name, arguments) for name in arguments.tr}
         os.environ["nnUNet_n_proc_DA"] = "0"  # no workers beside the steps
-        loaders = {name: trainer.get_dataloaders()[0] for name, trainer in trainers.items()}
-        loading = measure_loading(loaders, arguments.rounds)
+        loading = {} if arguments.without_loading else measure_loading(trainers, arguments.rounds)
         labeled, _ = build("nnUNetTrainer", arguments).get_dataloaders()
         seconds, memory = measure(trainers, labeled, arguments.rounds)
     rows = summary(seconds, memory, loading)
@@ -110,8 +110,9 @@ def batch_for(trainer: Any, batch: dict) -> dict:
     return {**batch, "target": target, "data_weak": batch["data"][labeled:]}
 
 
-def measure_loading(loaders: dict[str, Any], rounds: int) -> dict[str, list[float]]:
-    """Seconds for each sample, of one batch a round from each loader."""
+def measure_loading(trainers: dict[str, Any], rounds: int) -> dict[str, list[float]]:
+    """Seconds for each sample, of one batch a round from each trainer's loader."""
+    loaders = {name: trainer.get_dataloaders()[0] for name, trainer in trainers.items()}
     seconds: dict[str, list[float]] = {name: [] for name in loaders}
     for count in tqdm(range(rounds + 2), desc="Loading", disable=None):
         for name, loader in loaders.items():
@@ -147,18 +148,18 @@ def summary(
     rows = []
     for name, times in seconds.items():
         low, middle, high = ratio_quartiles(times, seconds[reference])
-        rows.append(
-            {
-                "trainer": name,
-                "seconds": statistics.median(times),
-                "ratio": middle,
-                "ratio_quartiles": [low, high],
-                "memory_mib": memory[name] / 2**20,
-                "memory_ratio": memory[name] / memory[reference],
-                "loading_seconds": statistics.median(loading[name]),
-                "loading_ratio": ratio_quartiles(loading[name], loading[reference])[1],
-            }
-        )
+        row = {
+            "trainer": name,
+            "seconds": statistics.median(times),
+            "ratio": middle,
+            "ratio_quartiles": [low, high],
+            "memory_mib": memory[name] / 2**20,
+            "memory_ratio": memory[name] / memory[reference],
+        }
+        if loading:
+            row["loading_seconds"] = statistics.median(loading[name])
+            row["loading_ratio"] = ratio_quartiles(loading[name], loading[reference])[1]
+        rows.append(row)
     return rows
 
 
@@ -168,15 +169,16 @@ def ratio_quartiles(times: list[float], reference: list[float]) -> list[float]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    print("\n| trainer | step, s | ratio (quartiles) | memory, MiB | ratio | loading a sample, ms | ratio |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    with_loading = "loading_seconds" in rows[0]
+    titles = ["trainer", "step, s", "ratio (quartiles)", "memory, MiB", "ratio"]
+    titles += ["loading a sample, ms", "ratio"] if with_loading else []
+    print(f"\n| {' | '.join(titles)} |\n|{' --- |' * len(titles)}")
     for row in rows:
         low, high = row["ratio_quartiles"]
-        print(
-            f"| {row['trainer']} | {row['seconds']:.3f} | {row['ratio']:.3f} ({low:.3f}–{high:.3f}) "
-            f"| {row['memory_mib']:.0f} | {row['memory_ratio']:.3f} "
-            f"| {1000 * row['loading_seconds']:.0f} | {row['loading_ratio']:.3f} |"
-        )
+        cells = [row["trainer"], f"{row['seconds']:.3f}", f"{row['ratio']:.3f} ({low:.3f}–{high:.3f})"]
+        cells += [f"{row['memory_mib']:.0f}", f"{row['memory_ratio']:.3f}"]
+        cells += [f"{1000 * row['loading_seconds']:.0f}", f"{row['loading_ratio']:.3f}"] if with_loading else []
+        print(f"| {' | '.join(cells)} |")
 
 
 def machine(device: str) -> str:

@@ -64,9 +64,24 @@ def main(monkeypatch, *arguments: str) -> int:
     return benchmark.main()
 
 
-def test_run_is_measured_then_skipped_and_repeated_when_its_checkpoint_is_broken(protocol, monkeypatch, capsys):
+def test_run_from_the_raw_data_set_is_measured_then_skipped_then_repeated_when_its_checkpoint_is_broken(
+    protocol, data_sets, monkeypatch, capsys
+):
+    monkeypatch.setenv("nnUNet_preprocessed", str(protocol / "new"))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # nnU-Net's planner sets so many threads
+    (protocol / "new").mkdir()
+    content = load_json(str(protocol / "protocols" / "tiny.json"))
+    content["scales"]["cpu"] |= {"plans": "Coarse", "spacing": [3.5, 3, 3], "architecture": {}}
+    save_json(content, str(protocol / "protocols" / "tiny.json"))
     assert run(monkeypatch, protocol) == 0
-    folder = protocol / "runs" / "tiny-cpu" / "nnUNetTrainer-fold2-1"
+    data_set = protocol / "new" / data_sets.name("labels")
+    configurations = load_json(str(data_set / "Coarse.json"))["configurations"]
+    assert configurations["3d_fullres"]["spacing"] == [3.5, 3, 3]
+    assert configurations["3d_tiny"]["batch_size"] == 3
+    splits = load_json(str(data_set / "splits_final.json"))
+    assert [len(splits[5][part]) for part in ("train", "val")] == [2, 2]  # after nnU-Net's own folds
+
+    folder = protocol / "runs" / "tiny-cpu" / "nnUNetTrainer-fold5-1"
     result = load_json(str(folder / "result.json"))
     assert result["parameters"] > 0
     assert len(result["curves"]["train_losses"]) == 1
@@ -74,22 +89,16 @@ def test_run_is_measured_then_skipped_and_repeated_when_its_checkpoint_is_broken
     assert result["peak_memory_mib"] > 50
     assert 0 < result["prediction_seconds"] < 600
     assert result["failure"] is None
-    (data_set,) = (protocol / "preprocessed").iterdir()
-    splits = load_json(str(data_set / "splits_final.json"))
-    assert [len(splits[2][part]) for part in ("train", "val")] == [2, 2]
     with (folder / "metrics.csv").open(newline="") as file:
-        assert {row["case"] for row in csv.DictReader(file)} == set(splits[2]["val"])
-    assert {file.name for file in (folder / result["validation"]).glob("*.nii.gz")} == {
-        f"{case}.nii.gz" for case in splits[2]["val"]
-    }
-    plans = load_json(str(data_set / "nnUNetPlans.json"))["configurations"]["3d_tiny"]
-    assert (plans["batch_size"], plans["inherits_from"]) == (3, "3d_fullres")
+        assert {row["case"] for row in csv.DictReader(file)} == set(splits[5]["val"])
+    predictions = {file.name for file in (folder / result["validation"]).glob("*.nii.gz")}
+    assert predictions == {f"{case}.nii.gz" for case in splits[5]["val"]}
 
     before = (folder / "result.json").stat().st_mtime_ns
     assert run(monkeypatch, protocol) == 0
     assert "1 of 1 runs are finished" in capsys.readouterr().out
     assert (folder / "result.json").stat().st_mtime_ns == before
-    assert len(load_json(str(data_set / "splits_final.json"))) == 3
+    assert len(load_json(str(data_set / "splits_final.json"))) == 6
 
     (folder / "result.json").unlink()
     for checkpoint in folder.rglob("checkpoint_*.pth"):
@@ -152,6 +161,14 @@ def test_broken_checkpoints_are_removed_and_whole_ones_kept(tmp_path):
     (tmp_path / "checkpoint_final.pth").touch()
     benchmark.remove_broken_checkpoints(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint_best.pth"]
+
+
+def test_interrupted_preprocessing_is_noticed(protocol):
+    tiny = protocols.Protocol.load("tiny", "cpu")
+    configurations = load_json(str(tiny.folder / "nnUNetPlans.json"))["configurations"]
+    assert tiny._is_preprocessed(configurations, "3d_fullres")
+    next((tiny.folder / "nnUNetPlans_3d_fullres").glob("*.pkl")).unlink()
+    assert not tiny._is_preprocessed(configurations, "3d_fullres")
 
 
 def test_any_preprocessed_data_set_without_a_protocol(protocol, monkeypatch, capsys):
