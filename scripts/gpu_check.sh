@@ -7,7 +7,7 @@
 # peak memory, not compiled for all trainers and compiled for three, at a 128^3 patch and at the left atrium's
 # 112x112x80; a loss that is not finite fails. Where $nnUNet_raw has Dataset002_LeftAtrium, it then starts the published
 # left-atrium protocol. OUT gets the tables as JSON, a log for each stage and summary.txt; the status is 0 if nothing
-# failed. DEVICE=cpu PATCHES="32,32,32 16,32,32" tries the script itself.
+# failed. DEVICE=cpu PATCHES="32,32,32 16,32,32" SCALE=cpu tries the script itself.
 set -uo pipefail
 OUT=$(mkdir -p "${1:?usage: gpu_check.sh OUT}" && cd "$1" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -15,6 +15,7 @@ DEVICE=${DEVICE:-cuda}
 export nnUNet_extTrainer=${nnUNet_extTrainer:-$(cd ../trainers && pwd)}
 PATCHES=${PATCHES:-128,128,128 80,112,112}
 ROUNDS=${ROUNDS:-8}
+SCALE=${SCALE:-published}
 ALL="nnUNetTrainer $(nnUNetv2_selfreg trainers | grep -o '^nnUNetTrainer[^ ]*')"
 COMPILED="nnUNetTrainer nnUNetTrainerSelfReg nnUNetTrainerMeanTeacher"
 LEFT_ATRIUM=${nnUNet_raw:-}/Dataset002_LeftAtrium
@@ -48,7 +49,7 @@ stage machine 10 bash -c 'nvidia-smi; nproc; python --version; pip list 2>/dev/n
 }
 if [ -d "$LEFT_ATRIUM" ]; then
     ln -sfn "$LEFT_ATRIUM" "$nnUNet_raw/Dataset002_LeftAtrium"
-    stage left-atrium 105 python benchmark.py left-atrium-8 --scale published -device "$DEVICE" -o "$OUT/runs" \
+    stage left-atrium 105 python benchmark.py left-atrium-8 --scale "$SCALE" -device "$DEVICE" -o "$OUT/runs" \
         -tr nnUNetTrainerMeanTeacher
     grep -h "Epoch time" "$OUT"/runs/*/*/log.txt
 else

@@ -15,6 +15,8 @@ import phantom
 from commands import add_configuration, call
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 
+from nnunetv2_selfreg.data.splits import append_fold
+
 NAME = "Dataset997_GPUCheck"
 
 
@@ -28,7 +30,7 @@ def main() -> None:
         name = f"3d_{'x'.join(map(str, patch))}"
         settings = {"patch_size": patch, "batch_size": 2}
         add_configuration(preprocessed / "nnUNetPlans.json", name, "3d_fullres", settings, architecture(patch))
-    call("nnUNetv2_selfreg", "split", NAME, "--labeled", "3", "--val", "1", log=log)
+    append_fold(NAME, labeled=3, val=1)
 
 
 def architecture(patch: list[int]) -> dict:
