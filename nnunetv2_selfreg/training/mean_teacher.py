@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from nnunetv2_selfreg.errors import CommandError
 from nnunetv2_selfreg.features import unwrap
 from nnunetv2_selfreg.losses.consistency import certain_voxels, probabilities, squared_consistency
 from nnunetv2_selfreg.training.reliable import sum_over_ranks
@@ -144,13 +143,8 @@ class MeanTeacher(SemiSupervised):
         state = {"student_weights": student.state_dict(), "teacher_steps": int(self.teacher.n_averaged)}
         return {**super().extra_state(), **state}
 
-    def load_extra_state(self, state: dict, filename: str) -> None:
-        super().load_extra_state(state, filename)
-        if "student_weights" not in state:
-            raise CommandError(
-                f"{filename} has no teacher: another trainer wrote it. To start from its weights, begin a new training "
-                "with -pretrained_weights."
-            )
+    def load_extra_state(self, state: dict) -> None:
+        super().load_extra_state(state)
         self.teacher.module.load_state_dict(unwrap(self.network).state_dict())  # network_weights are the teacher's
         self.teacher.n_averaged.fill_(state["teacher_steps"])
         unwrap(self.network).load_state_dict(state["student_weights"])

@@ -12,6 +12,7 @@ from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from torch import Tensor
 from torch import distributed as dist
 
+from nnunetv2_selfreg.errors import CommandError
 from nnunetv2_selfreg.files import replacing
 from nnunetv2_selfreg.training.progress import add_terms_panel
 
@@ -83,13 +84,21 @@ class ReliableTraining(_Trainer):
         """What a trainer keeps in its checkpoints beside nnU-Net's entries: tensors and plain values by name."""
         return {}
 
-    def load_extra_state(self, state: dict, filename: str) -> None:
-        """Restores :meth:`extra_state`; `{}` if `filename` has none, as a stock checkpoint."""
+    def load_extra_state(self, state: dict) -> None:
+        """Restores :meth:`extra_state`, whose names are all there."""
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        if not self.was_initialized:
+            self.initialize()
+        state = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False).get(EXTRA_STATE, {})
+        missing = sorted(set(self.extra_state()) - set(state))
+        if missing:
+            raise CommandError(
+                f"{filename_or_checkpoint} has no {', '.join(missing)}: another trainer wrote it. To start from its "
+                "weights, begin a new training with -pretrained_weights."
+            )
         super().load_checkpoint(filename_or_checkpoint)
-        checkpoint = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False)
-        self.load_extra_state(checkpoint.get(EXTRA_STATE, {}), filename_or_checkpoint)
+        self.load_extra_state(state)
 
     def _add_extra_state(self, filename: str) -> None:
         # nnU-Net builds and writes its dictionary in one function, so the file is read and written again.

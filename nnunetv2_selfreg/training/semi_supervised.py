@@ -10,10 +10,13 @@ from pathlib import Path
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.helpers import dummy_context
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 from nnunetv2_selfreg.data.splits import read_splits
 from nnunetv2_selfreg.data.two_stream import TwoStreamLoader, UnlabeledLoader
@@ -30,11 +33,13 @@ class SemiSupervised(ReliableTraining):
     """
 
     unlabeled_batch_size: int | None = None
-    """Unlabelled samples a step, on top of the plan's batch, divided among GPUs; None: as many as the plan's batch."""
+    """Unlabelled samples a step, on top of the plan's batch, divided among GPUs; None: as many as the plan's batch; 0:
+    none, where the family can be trained with labels alone."""
     ramp_up_length: float = 1.0
     """Share of the training after which the unlabelled term has its full weight; the ramp is Gaussian."""
 
     _steps_in_epoch = 0
+    _needs_unlabeled = True
 
     def semi_supervised_loss(self, output: Sequence[Tensor], target, batch: dict) -> Tensor:
         """The loss of a step.
@@ -81,30 +86,34 @@ class SemiSupervised(ReliableTraining):
 
     def optimise(self, batch: dict) -> dict:
         # nnU-Net's train_step with another loss: it has no seam between forward pass and loss.
-        batch = {**batch, **{name: self._to_device(batch[name]) for name in ("data", "data_weak", "target")}}
-        self.optimizer.zero_grad(set_to_none=True)
+        batch = {name: self._to_device(value) for name, value in batch.items()}
+        trained = self.trained_modules()
+        for _, optimizer in trained:
+            optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
             output = self.network(batch["data"])
             output = output if isinstance(output, (list, tuple)) else [output]
             loss = self.semi_supervised_loss(output, batch["target"], batch)
-        if self.grad_scaler is not None:
-            self.grad_scaler.scale(loss).backward()
-            self.grad_scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
-            self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
-        else:
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
-            self.optimizer.step()
+        scaler = self.grad_scaler or GradScaler(self.device.type, enabled=False)
+        scaler.scale(loss).backward()
+        for module, optimizer in trained:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 12)
+            scaler.step(optimizer)
+        scaler.update()
         self.after_step()
         self._steps_in_epoch += 1
         return {"loss": loss.detach().cpu().numpy()}
 
+    def trained_modules(self) -> list[tuple[nn.Module, Optimizer]]:
+        """What a step optimises. The gradients of each module are clipped on their own, as nnU-Net clips them."""
+        return [(self.network, self.optimizer)]
+
     def _to_device(self, value):
+        """Tensors and lists of them; what else is in a batch stays as it is."""
         if isinstance(value, list):
             return [self._to_device(part) for part in value]
-        return value.to(self.device, non_blocking=True)
+        return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
 
     def unlabeled_pool(self) -> UnlabeledPool:
         """The images that this fold trains on without labels; errors as in :func:`find_pool`."""
@@ -123,14 +132,18 @@ class SemiSupervised(ReliableTraining):
         return splits[self.fold].get("unlabeled", []) if self.fold < len(splits) else []
 
     def get_dataloaders(self):
-        pool = self.unlabeled_pool()  # its errors come before any worker starts
+        samples = self._unlabeled_of_this_rank()
+        pool = self.unlabeled_pool() if samples else None  # its errors come before any worker starts
         with _without_workers():  # they go around both streams, below
             train, val = super().get_dataloaders()
-        unlabeled = UnlabeledLoader(pool, self._unlabeled_of_this_rank(), like=train.data_loader)
-        self.print_to_log_file(
-            f"{len(pool.identifiers)} unlabelled cases, {unlabeled.batch_size} samples of them a step"
-        )
-        loaders = TwoStreamLoader(train.data_loader, unlabeled), val.data_loader
+        labeled = self.labeled_stream(train.data_loader)
+        if pool is None:
+            self.print_to_log_file("No unlabelled samples: trained with labels alone")
+            loaders = labeled, val.data_loader
+        else:
+            unlabeled = UnlabeledLoader(pool, samples, like=train.data_loader)
+            self.print_to_log_file(f"{len(pool.identifiers)} unlabelled cases, {samples} samples of them a step")
+            loaders = TwoStreamLoader(labeled, unlabeled), val.data_loader
         workers = get_allowed_n_proc_DA()
         half = max(1, workers // 2) if workers else 0
         augmenters = (
@@ -140,6 +153,10 @@ class SemiSupervised(ReliableTraining):
         for augmenter in augmenters:
             next(augmenter)
         return augmenters
+
+    def labeled_stream(self, loader: nnUNetDataLoader):
+        """The labelled stream, made of nnU-Net's loader of the training cases; runs in the worker processes."""
+        return loader
 
     def _in_workers(self, loader, workers: int, cached: int):
         """As nnUNetTrainer.get_dataloaders does."""
@@ -158,6 +175,8 @@ class SemiSupervised(ReliableTraining):
     def _unlabeled_of_this_rank(self) -> int:
         if self.unlabeled_batch_size is None:
             return self.batch_size
+        if self.unlabeled_batch_size == 0 and not self._needs_unlabeled:
+            return 0
         self._require("unlabeled_batch_size", self.unlabeled_batch_size >= 1, "1 at least, or None")
         world = dist.get_world_size() if self.is_ddp else 1
         if self.unlabeled_batch_size < world:

@@ -293,7 +293,9 @@ def test_checkpoint_without_a_teacher_is_an_error(run):
     stock = Run(run.data_set, run.configuration, "nnUNetTrainer_1epochs_1iters").build()
     stock.run_training()
     trainer = run.build(continue_training=True)
-    with pytest.raises(CommandError, match=r"checkpoint_final\.pth has no teacher.*-pretrained_weights"):
+    with pytest.raises(
+        CommandError, match=r"checkpoint_final\.pth has no student_weights, teacher_steps.*-pretrained_weights"
+    ):
         trainer.load_checkpoint(str(Path(stock.output_folder) / "checkpoint_final.pth"))
 
 

@@ -1,0 +1,41 @@
+"""Segmentation and signed distance as two tasks that must agree.
+
+Sources: Luo et al., "Semi-supervised medical image segmentation through dual-task consistency", AAAI 2021 (DTC);
+Zhang & Zhang, "Dual-task mutual learning for semi-supervised medical image segmentation", PRCV 2021, arXiv 2103.04708
+(DTML).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def soft_mask(distance: Tensor, sharpness: float = 1500.0) -> Tensor:
+    """The probability of the foreground that a signed distance stands for.
+
+        mask(z) = sigmoid(-k z)
+
+    The published `k` of 1500 makes the step thinner than a voxel, and with it the shell that gets any gradient.
+
+    Args:
+        distance: signed distances, negative inside, any shape; half precision is computed in single.
+        sharpness: `k`, greater than 0.
+    """
+    return torch.sigmoid(-sharpness * distance.to(torch.promote_types(distance.dtype, torch.float32)))
+
+
+def distance_regression(predicted: Tensor, distance: Tensor, valid: Tensor) -> Tensor:
+    """Mean squared error of predicted signed distances, over classes that occur and voxels that are not ignored.
+
+    A class that is nowhere in a sample has no surface, so it has no distance either (our decision; the released
+    programs regress to 0). With nothing left the result is 0.
+
+    Args:
+        predicted: `(B, K, *spatial)`.
+        distance: likewise; negative somewhere in each class that occurs.
+        valid: boolean, `(B, 1, *spatial)`.
+    """
+    occurs = (distance < 0).flatten(2).any(2).reshape(*distance.shape[:2], *[1] * (distance.ndim - 2))
+    kept = (valid & occurs).to(torch.promote_types(predicted.dtype, torch.float32))
+    return ((predicted - distance) ** 2 * kept).sum() / kept.sum().clamp_min(1)
