@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -270,3 +271,52 @@ def read_labels(file: Path) -> np.ndarray:
 def put_batch_shapes(loader, queue) -> None:
     """For a worker process, which must find it by name when it is spawned."""
     queue.put({key: tuple(value.shape) for key, value in next(loader).items() if key.startswith("data")})
+
+
+def start(trainer):
+    """Weights that depend on nothing but the seed, loaders running."""
+    torch.manual_seed(0)
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    return trainer
+
+
+def seed(number: int) -> None:
+    torch.manual_seed(number)
+    np.random.seed(number)  # noqa: NPY002 (nnU-Net's loaders draw from it)
+
+
+def weights(module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def finish(trainer) -> None:
+    """Trains to the end, each epoch from its own seed."""
+    begin = trainer.on_epoch_start
+    trainer.on_epoch_start = lambda: (seed(trainer.current_epoch), begin())
+    trainer.run_training()
+
+
+def whole_and_resumed(run: Run, folder: Path, monkeypatch) -> tuple:
+    """Trainers after the same 4 epochs from the same seeds: at once, and in 2 and 2 with a checkpoint between."""
+    torch.manual_seed(0)
+    whole = run.build()
+    finish(whole)
+    monkeypatch.setenv("nnUNet_results", str(folder / "resumed"))
+    torch.manual_seed(0)
+    first = run.build()
+    on_epoch_start = first.on_epoch_start
+
+    def two_epochs():
+        if first.current_epoch == 2:
+            raise Interruption
+        on_epoch_start()
+
+    first.on_epoch_start = two_epochs
+    with contextlib.suppress(Interruption):
+        finish(first)
+    second = run.build(continue_training=True)
+    second.load_checkpoint(str(run.folder / "checkpoint_latest.pth"))
+    assert second.current_epoch == 2
+    finish(second)
+    return whole, second

@@ -12,7 +12,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch.optim.swa_utils import AveragedModel
-from workspace import Run
+from workspace import Run, finish, start, weights, whole_and_resumed
 
 from nnunetv2_selfreg.errors import CommandError
 from nnunetv2_selfreg.training.mean_teacher import MeanTeacher
@@ -24,23 +24,6 @@ NAME = "nnUNetTrainerMeanTeacher_4epochs_2iters"
 def run(data_sets, tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     return Run(data_sets.name("ignore"), "3d_fullres", NAME)
-
-
-def start(trainer):
-    """Weights that depend on nothing but the seed, loaders running."""
-    torch.manual_seed(0)
-    trainer.on_train_start()
-    trainer.on_train_epoch_start()
-    return trainer
-
-
-def seed(number: int) -> None:
-    torch.manual_seed(number)
-    np.random.seed(number)  # noqa: NPY002 (nnU-Net's loaders draw from it)
-
-
-def weights(module) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in module.parameters()]
 
 
 def test_teacher_follows_the_closed_form_of_its_recursion(run):
@@ -214,36 +197,10 @@ def test_impossible_setting_is_named(attribute, value, run):
         trainer.initialize()
 
 
-def finish(trainer) -> None:
-    """Trains to the end, each epoch from its own seed."""
-    begin = trainer.on_epoch_start
-    trainer.on_epoch_start = lambda: (seed(trainer.current_epoch), begin())
-    trainer.run_training()
-
-
 def test_resumed_training_equals_one_without_interruption(run, tmp_path, monkeypatch):
     """4 epochs at once against 2 and 2: student, teacher, optimiser, ramp."""
-    torch.manual_seed(0)
-    whole = run.build()
-    finish(whole)
-    monkeypatch.setenv("nnUNet_results", str(tmp_path / "resumed"))
-    torch.manual_seed(0)
-    first = run.build()
-    on_epoch_start = first.on_epoch_start
-
-    def two_epochs():
-        if first.current_epoch == 2:
-            raise KeyboardInterrupt
-        on_epoch_start()
-
-    first.on_epoch_start = two_epochs
-    with pytest.raises(KeyboardInterrupt):
-        finish(first)
-    second = run.build(continue_training=True)
-    second.load_checkpoint(str(run.folder / "checkpoint_latest.pth"))
-    assert second.current_epoch == 2
-    assert second.teacher.n_averaged == 4
-    finish(second)
+    whole, second = whole_and_resumed(run, tmp_path, monkeypatch)
+    assert second.teacher.n_averaged == whole.teacher.n_averaged
     torch.testing.assert_close(weights(second.network), weights(whole.network), rtol=0, atol=0)
     torch.testing.assert_close(weights(second.teacher), weights(whole.teacher), rtol=0, atol=0)
     momenta = [[s["momentum_buffer"] for s in t.optimizer.state_dict()["state"].values()] for t in (whole, second)]
