@@ -157,13 +157,17 @@ class DualTaskMutual(DistanceTask):
         )
 
     def build_distance_module(self) -> nn.Module:
-        return self.build_network_architecture(
+        network = self.build_network_architecture(
             self.plans_manager,
             self.configuration_manager,
             self.num_input_channels,
             self.foreground.count,
             enable_deep_supervision=False,
         )
+        # The heads of the other scales are built all the same; DistributedDataParallel would wait for their gradients.
+        for head in list(network.decoder.seg_layers)[:-1]:
+            head.requires_grad_(False)
+        return network
 
     def semi_supervised_loss(self, output, target, batch) -> Tensor:
         distance = torch.tanh(self.distance_module(batch["data"]).float())

@@ -105,6 +105,7 @@ def test_each_modules_gradient_is_clipped_on_its_own_and_moves_it(run):
         patch.setattr(torch.nn.utils, "clip_grad_norm_", recorded)
         trainer.train_step(next(trainer.dataloader_train))
     assert [count for _, count in norms] == [len(part) for part in reversed(before)]
+    assert all(p.grad is not None for p in trainer.distance_module.parameters() if p.requires_grad)
     assert all(norm > 0 for norm, _ in norms)
     for was, module in zip(before, (trainer.distance_module, trainer.network), strict=True):
         assert not torch.equal(was[0], weights(module)[0])
