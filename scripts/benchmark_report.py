@@ -127,7 +127,7 @@ def _cost_table(results: list[dict]) -> list[str]:
     lines = ["Medians over runs; a step with nnU-Net's online validation, a prediction with mirroring.", ""]
     lines += _head("trainer", *costs.columns[1:])
     for trainer, row in costs.groupby("trainer").median().iterrows():
-        lines.append(_row(trainer, *("–" if np.isnan(value) else f"{value:.3g}" for value in row)))
+        lines.append(_row(trainer, *map(_as_cost, row)))
     return lines
 
 
@@ -151,6 +151,10 @@ def epoch_seconds(result: dict) -> np.ndarray:
 
 def _with_spread(values: pd.Series) -> str:
     return f"{values['mean']:.2f}" + ("" if np.isnan(values["std"]) else f" ± {values['std']:.2f}")
+
+
+def _as_cost(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _row(*cells: object) -> str:
@@ -179,11 +183,11 @@ def draw_differences(cases: pd.DataFrame, file: Path) -> None:
 
 
 def draw_learning_curves(results: list[dict], file: Path) -> None:
-    """Moving average of the pseudo Dice by epoch, a line for each run."""
+    """Pseudo Dice by epoch, a line for each run. Not the moving average: in a short training it hides the start."""
     with _figure_by_trainer(results, file) as (axes, colors):
         for result in results:
-            axes.plot(result["curves"]["ema_fg_dice"], color=colors[result["trainer"]])
-        axes.set(xlabel="epoch", ylabel="pseudo Dice, moving average")
+            axes.plot(result["curves"]["mean_fg_dice"], linewidth=1, color=colors[result["trainer"]])
+        axes.set(xlabel="epoch", ylabel="pseudo Dice")
 
 
 def draw_dice_against_time(cases: pd.DataFrame, results: list[dict], file: Path) -> None:
@@ -202,7 +206,7 @@ def _figure_by_trainer(results: list[dict], file: Path) -> Iterator[tuple[Axes, 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     colors = {name: f"C{n}" for n, name in enumerate(dict.fromkeys(result["trainer"] for result in results))}
     yield axes, colors
-    axes.legend(handles=[Line2D([], [], color=color, label=name) for name, color in colors.items()])
+    axes.legend(handles=[Line2D([], [], color=color, label=name, marker="o") for name, color in colors.items()])
     figure.savefig(file, dpi=150)
     plt.close(figure)
 

@@ -34,7 +34,7 @@ def runs(tmp_path):
             "fold": 5,
             "repetition": repetition,
             "parameters": 1_500_000,
-            "curves": {"ema_fg_dice": [0.1, 0.2, 0.3, 0.4], **times},
+            "curves": {"mean_fg_dice": [0.1, 0.2, 0.3, 0.4], **times},
             "machine": "2 cores",
             "versions": {"torch": "2.15.0"},
             "command": f"nnUNetv2_train {trainer}",
