@@ -16,15 +16,14 @@ from __future__ import annotations
 import argparse
 import csv
 import errno
-import fcntl
 import math
 import os
 import platform
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -34,16 +33,20 @@ import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
 from commands import ExitStatusError, call
+from locks import Lock, locked
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from protocol import Protocol, protocol_names
 from segmentation_metrics import METRICS, folder_metrics
 from tqdm import tqdm
 
+from nnunetv2_selfreg.data.datasets import read_json
 from nnunetv2_selfreg.errors import CommandError
 from nnunetv2_selfreg.files import replacing
 
 PACKAGES = ("nnunetv2", "nnunetv2-selfreg", "torch", "monai")
 FAILURES = (ExitStatusError, CommandError, OSError, ValueError)
+# What nnU-Net and torch, which tells only that a write failed, say of it.
+FULL_DISK = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing", "unexpected pos")
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,27 @@ class Run:
         """result.json is the last file of a run."""
         return (self.folder / "result.json").is_file()
 
+    def check_setting(self) -> None:
+        """Notes the setting of a new run.
+
+        Raises:
+            ValueError: the run was begun in another setting, so it cannot stand beside the others, or there is no such
+                fold.
+        """
+        file, setting = self.folder / "setting.json", {**self.protocol.setting(self.fold), "device": self.device}
+        if file.is_file():
+            before = read_json(file)
+            different = [name for name in setting if before.get(name) != setting[name]]
+            if different:
+                raise ValueError(
+                    f"{file} says that this run was begun with other {', '.join(different)}. Take another -o, or "
+                    f"remove {self.folder}"
+                )
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as part:
+            save_json(setting, part, sort_keys=False)
+
     @property
     def model(self) -> list[str]:
         """Trainer and plans as nnUNetv2_train takes them."""
@@ -87,44 +111,58 @@ class Run:
         """Trains, validates and measures. Returns why the run failed for good, that is how it diverged, or None.
 
         Raises:
-            ExitStatusError, CommandError, OSError, ValueError: it failed otherwise and can be executed again.
+            Exception: it failed otherwise, and can be executed again; an OSError tells of a full disk.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder / "lock") as descriptor:
+        with locked(self.folder / "lock") as lock:
             if self.finished:  # by whoever held the lock
                 return None
             remove_broken_checkpoints(self.results)
             try:
-                measured = self.train(on_epoch, descriptor)
+                measured = self.train(on_epoch, lock)
                 failure = divergence(measured["curves"]["train_losses"])
             except ExitStatusError as error:
-                if "FloatingPointError" not in str(error):
+                measured, failure = {}, self.reason_to_give_up(str(error))
+                if failure is None:
                     raise
-                measured, failure = {}, f"it diverged: {str(error).splitlines()[-1]}"
             if failure is None:
                 self.write_metrics()
             with replacing(self.folder / "result.json") as part:
                 save_json({**self.about(), "failure": failure, **measured}, part, sort_keys=False)
             return failure
 
-    def train(self, on_epoch: Callable[[], object], lock: int) -> dict:
-        """Runs nnUNetv2_train; returns what its checkpoint and its log tell."""
-        log = self.folder / "log.txt"
+    def train(self, on_epoch: Callable[[], object], lock: Lock) -> dict:
+        """Runs nnUNetv2_train; returns what its checkpoint and its output tell."""
         environment = {**os.environ, "nnUNet_results": str(self.folder / "nnUNet_results")}
-        before, on_device = memory_in_use(self.device), []
+        memory = Memory(self.device)
+
+        def start(process: int) -> None:
+            lock.works_under_it(process)
+            memory.process = process
 
         def watch(line: str) -> None:
-            if "Epoch time:" in line:  # torch keeps what it once took, so looking once an epoch is enough
-                on_device.append(memory_in_use(self.device) - before)
+            if "Epoch time:" in line:
+                memory.look()
                 on_epoch()
 
-        on_host = call(*self.command, "--c", log=log, environment=environment, on_line=watch, keep_open=[lock])
-        peak = max(on_device) if self.device == "cuda" and on_device else on_host
+        log = self.folder / "log.txt"
+        printed = call(*self.command, "--c", log=log, environment=environment, on_start=start, on_line=watch)
         return {
             **self.from_checkpoint(),
-            "peak_memory_mib": peak / 2**20 if on_device else None,  # None: it had been trained in an earlier call
-            "prediction_seconds": prediction_seconds(log.read_text()),
+            "peak_memory_mib": memory.highest / 2**20 if memory.highest else None,  # None: trained in an earlier call
+            "prediction_seconds": prediction_seconds(printed),
         }
+
+    @staticmethod
+    def reason_to_give_up(output: str) -> str | None:
+        """How the training diverged, if that is why it ended.
+
+        Raises:
+            OSError: the disk was full.
+        """
+        if any(phrase in output for phrase in FULL_DISK):
+            raise OSError(errno.ENOSPC, f"No space left on device; {output}")
+        lines = [line for line in output.splitlines() if line.startswith("FloatingPointError")]
+        return f"it diverged: {lines[-1]}" if lines else None
 
     def write_metrics(self) -> None:
         references = self.protocol.folder / "gt_segmentations"
@@ -160,46 +198,47 @@ class Run:
         }
 
 
-def memory_in_use(device: str) -> int:
-    """Bytes in use on the GPU, by whomever; 0 for a CPU, where the system tells the peak of a process."""
-    if device != "cuda":
-        return 0
-    free, total = torch.cuda.mem_get_info()
-    return total - free
+class Memory:
+    """The most memory that a training took: its process's on a CPU, on a GPU what is in use beyond what was before."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.process = 0
+        self.highest = 0
+        self._before = self._in_use() if device == "cuda" else 0
+
+    def look(self) -> None:
+        """To be called after an epoch: the system remembers a process's peak, and torch keeps what it once took."""
+        self.highest = max(self.highest, self._in_use() - self._before)
+
+    def _in_use(self) -> int:
+        if self.device == "cuda":
+            free, total = torch.cuda.mem_get_info()
+            return total - free
+        status = Path(f"/proc/{self.process}/status")
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None  # Linux only
+        return 1024 * int(found[1]) if found else 0
 
 
 def divergence(losses: list[float]) -> str | None:
-    """How a training diverged, if it did: stock nnU-Net trains on with a loss that is not a number."""
-    bad = [epoch for epoch, loss in enumerate(losses) if not math.isfinite(loss)]
-    return f"it diverged: the training loss of epoch {bad[0]} is {losses[bad[0]]}" if bad else None
-
-
-@contextmanager
-def locked(file: Path) -> Iterator[int]:
-    """Waits until no other process holds the lock. The run inherits the descriptor and holds the lock as well: should
-    this process be killed, nobody trains in the folder beside the run that it leaves behind."""
-    with file.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            tqdm.write(f"{file.parent.name} is being trained by another process; waiting for it", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock.fileno()
+    """How a training diverged, if it did: stock nnU-Net trains on with a loss that is not a number. An epoch like that
+    from which it recovered does not count."""
+    if math.isfinite(losses[-1]):
+        return None
+    return f"it diverged: the training loss of the last epoch is {losses[-1]}"
 
 
 def remove_broken_checkpoints(folder: Path) -> None:
     """Stock nnU-Net writes checkpoints in place, so a kill or a full disk may leave half of one."""
     for file in folder.glob("checkpoint_*.pth"):
-        try:
-            torch.load(file, map_location="cpu", weights_only=False)
-        except Exception as error:  # whatever unpickling half a file comes to
-            tqdm.write(f"{file} is broken and removed ({error})", file=sys.stderr)
+        if not zipfile.is_zipfile(file):  # whose directory is at its end
+            tqdm.write(f"{file} is broken and removed", file=sys.stderr)
             file.unlink()
 
 
-def prediction_seconds(log: str) -> float | None:
-    """Median time from one validation case to the next in nnU-Net's log; None for a single case."""
-    stamps = re.findall(r"^(\S+ [\d:.]+): predicting ", log, re.MULTILINE)
+def prediction_seconds(printed: str) -> float | None:
+    """Median time from one validation case to the next in nnU-Net's output; None for a single case."""
+    stamps = re.findall(r"^(\S+ [\d:.]+): predicting ", printed, re.MULTILINE)
     times = [datetime.fromisoformat(stamp).timestamp() for stamp in stamps]
     return float(np.median(np.diff(times))) if len(times) > 1 else None
 
@@ -220,16 +259,18 @@ def cpu() -> str:
 def execute(runs: list[Run]) -> int:
     """Executes the runs, all of them even if some fail; the status is 1 then. A full disk ends it at once."""
     failed = 0
-    with tqdm(total=sum(run.protocol.epochs for run in runs), unit="epoch", disable=None) as progress:
+    epochs = sum(run.protocol.epochs for run in runs)
+    seldom = {} if sys.stderr.isatty() else {"mininterval": 60, "maxinterval": 120}  # a line in a log, each
+    with tqdm(total=epochs, unit="epoch", **seldom) as progress:
         for run in runs:
             progress.set_description(run.folder.name)
             expected = progress.n + run.protocol.epochs
             try:
                 failure = run.execute(progress.update)
-            except FAILURES as error:
-                failure = str(error)
-                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                    tqdm.write(f"{failure}. Make room and start again: finished runs are kept.", file=sys.stderr)
+            except Exception as error:  # of whatever kind, the other runs go on
+                failure = str(error) if isinstance(error, FAILURES) else f"{type(error).__name__}: {error}"
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    tqdm.write(f"{error}\nMake room and start again: finished runs are kept.", file=sys.stderr)
                     return 1
             if failure is not None:
                 failed += 1
@@ -264,12 +305,33 @@ def chosen_protocol(arguments: argparse.Namespace) -> Protocol:
         raise ValueError(f"-d {arguments.d}: {str(error).splitlines()[0]}") from error
     if arguments.protocol:
         protocol = Protocol.load(arguments.protocol, arguments.scale or "cpu")
-        return replace(protocol, dataset=dataset) if dataset else protocol
+        return replace(protocol, dataset=dataset, name=f"{protocol.name}-{dataset}") if dataset else protocol
     if not (dataset and arguments.c):
         raise ValueError(f"name a protocol ({', '.join(protocol_names())}), or a data set with -d and -c")
     plans, epochs, iterations = arguments.p or "nnUNetPlans", arguments.epochs or 1000, arguments.iterations or 250
     name = f"{dataset}-{arguments.c}-{plans}-{epochs}x{iterations}"
     return Protocol(name, dataset, plans, arguments.c, epochs, iterations, folds=[0])
+
+
+def chosen_runs(protocol: Protocol, arguments: argparse.Namespace) -> list[Run]:
+    """The runs of the command line, everything prepared for them.
+
+    Raises:
+        ValueError: the device or a fold is not there, or a run was begun in another setting.
+    """
+    device = arguments.device or protocol.device
+    if device == "cuda" and not torch.cuda.is_available() and not arguments.jobs:
+        raise ValueError("there is no GPU here; -device cpu trains without, or --jobs prints commands for elsewhere")
+    folds = protocol.prepare(arguments.o / "preparation.txt")
+    runs = [
+        Run(protocol, trainer, fold, repetition, arguments.o.resolve(), device)
+        for repetition in ([arguments.only] if arguments.only else range(1, arguments.repetitions + 1))
+        for fold in dict.fromkeys(arguments.f or folds)
+        for trainer in dict.fromkeys(arguments.tr)
+    ]
+    for run in runs:
+        run.check_setting()
+    return runs
 
 
 def positive(text: str) -> int:
@@ -303,17 +365,9 @@ def main() -> int:
         )
     arguments.o.mkdir(parents=True, exist_ok=True)
     try:
-        protocol = chosen_protocol(arguments)
-        folds = protocol.prepare(arguments.o / "preparation.txt")
+        runs = chosen_runs(chosen_protocol(arguments), arguments)
     except FAILURES as error:
         parser.error(str(error))
-    repetitions = [arguments.only] if arguments.only else range(1, arguments.repetitions + 1)
-    runs = [
-        Run(protocol, trainer, fold, repetition, arguments.o.resolve(), arguments.device or protocol.device)
-        for repetition in repetitions
-        for fold in arguments.f or folds
-        for trainer in arguments.tr
-    ]
     unfinished = [run for run in runs if not run.finished]
     if arguments.jobs:
         print_jobs(unfinished, arguments)

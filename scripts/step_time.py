@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -93,9 +94,11 @@ def measure(trainers: dict[str, Any], loader: Any, rounds: int) -> tuple[dict[st
         for name in [*trainers, *trainers][shift : shift + len(trainers)]:
             samples = batch_for(trainers[name], batch)
             start = time.perf_counter()
-            trainers[name].train_step(samples)  # ends with the loss on the CPU, so nothing is still queued on a GPU
+            loss = trainers[name].train_step(samples)["loss"]  # on the CPU, so nothing is still queued on a GPU
             if count >= 2:
                 seconds[name].append(time.perf_counter() - start)
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss of {name} is {loss}")
     memory = {name: peak_memory(trainer, batch_for(trainer, batch)) for name, trainer in trainers.items()}
     return seconds, memory
 

@@ -49,7 +49,7 @@ def append_fold(
     except CommandError as error:
         raise CommandError(f"{folder.name}: {error}") from error
     file = folder / "splits_final.json"
-    splits = read_splits(file) if file.exists() else _nnunets_folds(cases, file)
+    splits = read_splits(file) if file.exists() else nnunets_folds(cases, file)
     with replacing(file) as part:
         save_json([*splits, fold], part)
     return len(splits), fold
@@ -119,7 +119,7 @@ def _how_many(option: str, amount: int | float, cases: int) -> int:
     return amount
 
 
-def _nnunets_folds(cases: list[str], file: Path) -> list[Fold]:
+def nnunets_folds(cases: list[str], file: Path) -> list[Fold]:
     """What nnUNetTrainer.do_split makes of sorted cases where there is no file."""
     if len(cases) < _NNUNETS_FOLDS:
         raise CommandError(
