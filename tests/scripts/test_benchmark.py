@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from run import Memory, prediction_seconds, remove_broken_checkpoints
 
 TRAINERS_THAT_FAIL = """
 import time
@@ -249,7 +250,7 @@ def test_lock_is_waited_for_and_names_who_holds_it(tmp_path, capsys):
 
 def test_memory_is_the_commands_own_whatever_this_process_took(tmp_path):
     ballast = torch.ones(2**27)  # half a GiB
-    memory = benchmark.Memory("cpu")
+    memory = Memory("cpu")
 
     def start(process):
         memory.process = process
@@ -265,8 +266,8 @@ def test_memory_is_the_commands_own_whatever_this_process_took(tmp_path):
 
 def test_prediction_time_is_the_median_between_cases():
     stamp = "2026-01-01 00:00:{:09.6f}: predicting case"
-    assert benchmark.prediction_seconds("\n".join(map(stamp.format, [1, 3, 6, 8]))) == 2
-    assert benchmark.prediction_seconds(stamp.format(1)) is None
+    assert prediction_seconds("\n".join(map(stamp.format, [1, 3, 6, 8]))) == 2
+    assert prediction_seconds(stamp.format(1)) is None
 
 
 def test_run_of_another_setting_is_refused(protocol, monkeypatch, capsys):
@@ -285,18 +286,18 @@ def test_broken_checkpoints_are_removed_and_whole_ones_kept(tmp_path):
     content = (tmp_path / "checkpoint_best.pth").read_bytes()
     (tmp_path / "checkpoint_latest.pth").write_bytes(content[: len(content) // 2])
     (tmp_path / "checkpoint_final.pth").touch()
-    benchmark.remove_broken_checkpoints(tmp_path)
+    remove_broken_checkpoints(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint_best.pth"]
 
 
 @pytest.mark.parametrize("lost", ["nnUNetPlans_3d_fullres/{}.pkl", "gt_segmentations/{}.nii.gz"])
-def test_interrupted_preprocessing_is_noticed(lost, protocol):
+def test_interrupted_preprocessing_is_noticed(lost, protocol, tmp_path):
     tiny = protocols.Protocol.load("tiny", "cpu")
-    configurations = load_json(str(tiny.folder / "nnUNetPlans.json"))["configurations"]
-    assert tiny._is_preprocessed(configurations, "3d_fullres")
+    tiny.prepare(tmp_path / "log.txt")
+    assert tiny.is_preprocessed()
     case = load_json(str(tiny.folder / "splits_final.json"))[0]["val"][0]
     (tiny.folder / lost.format(case)).unlink()
-    assert not tiny._is_preprocessed(configurations, "3d_fullres")
+    assert not tiny.is_preprocessed()
 
 
 def test_any_preprocessed_data_set_without_a_protocol(protocol, monkeypatch, capsys):
@@ -368,8 +369,7 @@ def test_configuration_of_another_content_is_left_alone(protocol, monkeypatch, c
 
 @pytest.mark.parametrize("name", protocols.protocol_names())
 def test_protocols_of_the_repository_load_at_every_scale(name):
-    scales = load_json(str(protocols.PROTOCOLS / f"{name}.json"))["scales"]
-    assert {"cpu", "full"} <= set(scales)
+    scales = ["cpu", "full", "published"] if name.startswith("left-atrium") else ["cpu", "full"]
     for scale in scales:
         loaded = protocols.Protocol.load(name, scale)
         assert loaded.device == ("cpu" if scale == "cpu" else "cuda")

@@ -151,8 +151,8 @@ def test_costs_are_medians_over_runs(runs):
     for number, file in enumerate(sorted(runs.glob("nnUNetTrainer-*/result.json")), 1):
         measured = {"iterations": 10, "peak_memory_mib": 1000 * number, "prediction_seconds": 2 * number}
         save_json({**load_json(str(file)), **measured}, str(file))
-    _, results = benchmark_report.read_runs(runs)
-    lines = benchmark_report._cost_table(results)
+    cases, results = benchmark_report.read_runs(runs)
+    lines = benchmark_report.markdown(cases, benchmark_report.difference_rows(cases), results).splitlines()
     # 4 epochs of 1 s and of 2 s; 1.5 million parameters
     assert "| nnUNetTrainer | 1.5 | 0.15 | 0.1 | 1500 | 3 |" in lines
     assert "| nnUNetTrainerMine | 1.5 | – | 0.0667 | – | – |" in lines
