@@ -14,222 +14,40 @@ anew. `--jobs` prints a command for each unfinished run instead, for SLURM array
 from __future__ import annotations
 
 import argparse
-import csv
-import errno
-import fcntl
-import math
 import os
-import platform
-import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from datetime import datetime
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
-from commands import ExitStatusError, call
+from commands import ExitStatusError
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from protocol import Protocol, protocol_names
-from segmentation_metrics import METRICS, folder_metrics
+from run import Run, is_full_disk
 from tqdm import tqdm
 
 from nnunetv2_selfreg.errors import CommandError
-from nnunetv2_selfreg.files import replacing
 
-PACKAGES = ("nnunetv2", "nnunetv2-selfreg", "torch", "monai")
 FAILURES = (ExitStatusError, CommandError, OSError, ValueError)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training of one trainer."""
-
-    protocol: Protocol
-    trainer: str
-    fold: int
-    repetition: int
-    output: Path
-    device: str
-
-    @property
-    def folder(self) -> Path:
-        return self.output / self.protocol.name / f"{self.trainer}-fold{self.fold}-{self.repetition}"
-
-    @property
-    def finished(self) -> bool:
-        """result.json is the last file of a run."""
-        return (self.folder / "result.json").is_file()
-
-    @property
-    def model(self) -> list[str]:
-        """Trainer and plans as nnUNetv2_train takes them."""
-        length = f"{self.protocol.epochs}epochs_{self.protocol.iterations}iters"
-        return ["-tr", f"{self.trainer}_{length}", "-p", self.protocol.plans]
-
-    @property
-    def results(self) -> Path:
-        """nnU-Net's folder of the fold."""
-        model = f"{self.model[1]}__{self.protocol.plans}__{self.protocol.configuration}"
-        return self.folder / "nnUNet_results" / self.protocol.dataset / model / f"fold_{self.fold}"
-
-    @property
-    def command(self) -> list[str]:
-        training = [self.protocol.dataset, self.protocol.configuration, str(self.fold), *self.model]
-        return ["nnUNetv2_train", *training, "-device", self.device]
-
-    def execute(self, on_epoch: Callable[[], object]) -> str | None:
-        """Trains, validates and measures. Returns why the run failed for good, that is how it diverged, or None.
-
-        Raises:
-            ExitStatusError, CommandError, OSError, ValueError: it failed otherwise and can be executed again.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder / "lock") as descriptor:
-            if self.finished:  # by whoever held the lock
-                return None
-            remove_broken_checkpoints(self.results)
-            try:
-                measured = self.train(on_epoch, descriptor)
-                failure = divergence(measured["curves"]["train_losses"])
-            except ExitStatusError as error:
-                if "FloatingPointError" not in str(error):
-                    raise
-                measured, failure = {}, f"it diverged: {str(error).splitlines()[-1]}"
-            if failure is None:
-                self.write_metrics()
-            with replacing(self.folder / "result.json") as part:
-                save_json({**self.about(), "failure": failure, **measured}, part, sort_keys=False)
-            return failure
-
-    def train(self, on_epoch: Callable[[], object], lock: int) -> dict:
-        """Runs nnUNetv2_train; returns what its checkpoint and its log tell."""
-        log = self.folder / "log.txt"
-        environment = {**os.environ, "nnUNet_results": str(self.folder / "nnUNet_results")}
-        before, on_device = memory_in_use(self.device), []
-
-        def watch(line: str) -> None:
-            if "Epoch time:" in line:  # torch keeps what it once took, so looking once an epoch is enough
-                on_device.append(memory_in_use(self.device) - before)
-                on_epoch()
-
-        on_host = call(*self.command, "--c", log=log, environment=environment, on_line=watch, keep_open=[lock])
-        peak = max(on_device) if self.device == "cuda" and on_device else on_host
-        return {
-            **self.from_checkpoint(),
-            "peak_memory_mib": peak / 2**20 if on_device else None,  # None: it had been trained in an earlier call
-            "prediction_seconds": prediction_seconds(log.read_text()),
-        }
-
-    def write_metrics(self) -> None:
-        references = self.protocol.folder / "gt_segmentations"
-        description = load_json(str(self.protocol.folder / "dataset.json"))
-        rows = list(folder_metrics(self.results / "validation", references, description))
-        with replacing(self.folder / "metrics.csv") as part, open(part, "w", newline="") as file:
-            table = csv.DictWriter(file, ["case", "class", *METRICS])
-            table.writeheader()
-            table.writerows(rows)
-
-    def from_checkpoint(self) -> dict:
-        """The size of the network and the learning curves."""
-        checkpoint = torch.load(self.results / "checkpoint_final.pth", map_location="cpu", weights_only=False)
-        # A decoder holds its encoder, so some tensors have two names.
-        tensors = {tensor.data_ptr(): tensor.numel() for tensor in checkpoint["network_weights"].values()}
-        curves = {name: [as_plain(value) for value in values] for name, values in checkpoint["logging"].items()}
-        return {"parameters": sum(tensors.values()), "curves": curves}
-
-    def about(self) -> dict:
-        """What was run, where, and with which versions."""
-        return {
-            "protocol": self.protocol.name,
-            "dataset": self.protocol.dataset,
-            "trainer": self.trainer,
-            "fold": self.fold,
-            "repetition": self.repetition,
-            "epochs": self.protocol.epochs,
-            "iterations": self.protocol.iterations,
-            "validation": str(self.results.relative_to(self.folder) / "validation"),
-            "command": shlex.join(self.command),
-            "machine": torch.cuda.get_device_name() if self.device == "cuda" else f"{os.cpu_count()} x {cpu()}",
-            "versions": {package: version(package) for package in PACKAGES},
-        }
-
-
-def memory_in_use(device: str) -> int:
-    """Bytes in use on the GPU, by whomever; 0 for a CPU, where the system tells the peak of a process."""
-    if device != "cuda":
-        return 0
-    free, total = torch.cuda.mem_get_info()
-    return total - free
-
-
-def divergence(losses: list[float]) -> str | None:
-    """How a training diverged, if it did: stock nnU-Net trains on with a loss that is not a number."""
-    bad = [epoch for epoch, loss in enumerate(losses) if not math.isfinite(loss)]
-    return f"it diverged: the training loss of epoch {bad[0]} is {losses[bad[0]]}" if bad else None
-
-
-@contextmanager
-def locked(file: Path) -> Iterator[int]:
-    """Waits until no other process holds the lock. The run inherits the descriptor and holds the lock as well: should
-    this process be killed, nobody trains in the folder beside the run that it leaves behind."""
-    with file.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            tqdm.write(f"{file.parent.name} is being trained by another process; waiting for it", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock.fileno()
-
-
-def remove_broken_checkpoints(folder: Path) -> None:
-    """Stock nnU-Net writes checkpoints in place, so a kill or a full disk may leave half of one."""
-    for file in folder.glob("checkpoint_*.pth"):
-        try:
-            torch.load(file, map_location="cpu", weights_only=False)
-        except Exception as error:  # whatever unpickling half a file comes to
-            tqdm.write(f"{file} is broken and removed ({error})", file=sys.stderr)
-            file.unlink()
-
-
-def prediction_seconds(log: str) -> float | None:
-    """Median time from one validation case to the next in nnU-Net's log; None for a single case."""
-    stamps = re.findall(r"^(\S+ [\d:.]+): predicting ", log, re.MULTILINE)
-    times = [datetime.fromisoformat(stamp).timestamp() for stamp in stamps]
-    return float(np.median(np.diff(times))) if len(times) > 1 else None
-
-
-def as_plain(value):
-    """A logged value as JSON has it."""
-    return [float(v) for v in value] if isinstance(value, (list, tuple, np.ndarray)) else float(value)
-
-
-def cpu() -> str:
-    """The name of the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def execute(runs: list[Run]) -> int:
     """Executes the runs, all of them even if some fail; the status is 1 then. A full disk ends it at once."""
     failed = 0
-    with tqdm(total=sum(run.protocol.epochs for run in runs), unit="epoch", disable=None) as progress:
+    epochs = sum(run.protocol.epochs for run in runs)
+    seldom = {} if sys.stderr.isatty() else {"mininterval": 60, "maxinterval": 120}  # a line in a log, each
+    with tqdm(total=epochs, unit="epoch", **seldom) as progress:
         for run in runs:
             progress.set_description(run.folder.name)
             expected = progress.n + run.protocol.epochs
             try:
                 failure = run.execute(progress.update)
-            except FAILURES as error:
-                failure = str(error)
-                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                    tqdm.write(f"{failure}. Make room and start again: finished runs are kept.", file=sys.stderr)
+            except Exception as error:  # of whatever kind, the other runs go on
+                failure = str(error) if isinstance(error, FAILURES) else f"{type(error).__name__}: {error}"
+                if is_full_disk(error):
+                    tqdm.write(f"No space left on device: {error}", file=sys.stderr)
+                    tqdm.write("Make room and start again: finished runs are kept.", file=sys.stderr)
                     return 1
             if failure is not None:
                 failed += 1
@@ -264,12 +82,33 @@ def chosen_protocol(arguments: argparse.Namespace) -> Protocol:
         raise ValueError(f"-d {arguments.d}: {str(error).splitlines()[0]}") from error
     if arguments.protocol:
         protocol = Protocol.load(arguments.protocol, arguments.scale or "cpu")
-        return replace(protocol, dataset=dataset) if dataset else protocol
+        return replace(protocol, dataset=dataset, name=f"{protocol.name}-{dataset}") if dataset else protocol
     if not (dataset and arguments.c):
         raise ValueError(f"name a protocol ({', '.join(protocol_names())}), or a data set with -d and -c")
     plans, epochs, iterations = arguments.p or "nnUNetPlans", arguments.epochs or 1000, arguments.iterations or 250
     name = f"{dataset}-{arguments.c}-{plans}-{epochs}x{iterations}"
     return Protocol(name, dataset, plans, arguments.c, epochs, iterations, folds=[0])
+
+
+def chosen_runs(protocol: Protocol, arguments: argparse.Namespace) -> list[Run]:
+    """The runs of the command line, everything prepared for them.
+
+    Raises:
+        ValueError: the device or a fold is not there, or a run was begun in another setting.
+    """
+    device = arguments.device or protocol.device
+    if device == "cuda" and not torch.cuda.is_available() and not arguments.jobs:
+        raise ValueError("there is no GPU here; -device cpu trains without, or --jobs prints commands for elsewhere")
+    folds = protocol.prepare(arguments.o / "preparation.txt")
+    runs = [
+        Run(protocol, trainer, fold, repetition, arguments.o.resolve(), device)
+        for repetition in ([arguments.only] if arguments.only else range(1, arguments.repetitions + 1))
+        for fold in dict.fromkeys(arguments.f or folds)
+        for trainer in dict.fromkeys(arguments.tr)
+    ]
+    for run in runs:
+        run.check_setting()
+    return runs
 
 
 def positive(text: str) -> int:
@@ -303,17 +142,9 @@ def main() -> int:
         )
     arguments.o.mkdir(parents=True, exist_ok=True)
     try:
-        protocol = chosen_protocol(arguments)
-        folds = protocol.prepare(arguments.o / "preparation.txt")
+        runs = chosen_runs(chosen_protocol(arguments), arguments)
     except FAILURES as error:
         parser.error(str(error))
-    repetitions = [arguments.only] if arguments.only else range(1, arguments.repetitions + 1)
-    runs = [
-        Run(protocol, trainer, fold, repetition, arguments.o.resolve(), arguments.device or protocol.device)
-        for repetition in repetitions
-        for fold in arguments.f or folds
-        for trainer in arguments.tr
-    ]
     unfinished = [run for run in runs if not run.finished]
     if arguments.jobs:
         print_jobs(unfinished, arguments)

@@ -3,9 +3,9 @@
     python scripts/benchmark_report.py runs/left-atrium-8-cpu -o report
 
 Reads `result.json` and `metrics.csv` of each run that `benchmark.py` finished in the folder; these can be kept without
-the models. Writes `report.md`, `cases.csv` (every case of every run), `differences.png`, `learning_curves.png` and
-`dice_against_time.png`; where the predictions are still there and the images in `nnUNet_raw`, also the contours of the
-best, the median and the worst case, in `contours-TRAINER.png`.
+the models. Writes `report.md`, `cases.csv` (every case of every run), `differences.csv` (of each class too),
+`differences.png`, `learning_curves.png` and `dice_against_time.png`; where the predictions are still there and the
+images in `nnUNet_raw`, also the contours of the best, the median and the worst case, in `contours-TRAINER.png`.
 """
 
 from __future__ import annotations
@@ -52,36 +52,68 @@ def read_runs(folder: Path) -> tuple[pd.DataFrame, list[dict]]:
         if result["failure"] is None:
             table = pd.read_csv(file.with_name("metrics.csv"))
             tables.append(table.assign(**{name: result[name] for name in ("trainer", "fold", "repetition")}))
-    if not tables:
+    if not results:
         raise FileNotFoundError(f"{folder} has no finished run (*/result.json)")
+    if not tables:
+        failures = "; ".join(f"{result['folder'].name}: {result['failure']}" for result in results)
+        raise FileNotFoundError(f"all runs of {folder} failed: {failures}")
     cases = pd.concat(tables, ignore_index=True)
     cases[[*IN_PERCENT]] *= 100
     return cases, results
 
 
 def summary(cases: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard deviation over runs of a run's mean over cases, for each trainer and class."""
-    of_run = cases.groupby(["trainer", "class", "fold", "repetition"])[[*METRICS]].mean()
-    return of_run.groupby(["trainer", "class"]).agg(["mean", "std", "count"])
+    """Mean and standard deviation over repetitions of the mean over cases (of all folds), by trainer and class."""
+    of_repetition = cases.groupby(["trainer", "class", "repetition"])[[*METRICS]].mean()
+    return of_repetition.groupby(["trainer", "class"]).agg(["mean", "std", "count"])
 
 
-def differences(cases: pd.DataFrame, metric: str) -> dict[str, pd.Series]:
-    """Trainer minus stock of each case, averaged over repetitions and classes, for every other trainer."""
-    of_case = cases.groupby(["trainer", "fold", "case"])[metric].mean().unstack(0)
-    return {name: (of_case[name] - of_case[STOCK]).dropna() for name in of_case if STOCK in of_case and name != STOCK}
+def differences(cases: pd.DataFrame, metric: str) -> dict[str, pd.DataFrame]:
+    """Trainer minus stock, for every other trainer: a row for each case, a column for each class.
+
+    Each side is averaged over its repetitions first. Where one of them has no value, since neither the reference nor
+    that repetition's prediction has the class, there is none of the pair.
+    """
+    keys = ["trainer", "fold", "case", "class"]
+    of_pair = cases.groupby(keys)[metric].apply(lambda values: values.mean(skipna=False)).unstack("trainer")
+    if STOCK not in of_pair:
+        return {}
+    others = of_pair.drop(columns=STOCK).sub(of_pair[STOCK], axis=0)
+    return {name: others[name].unstack("class").dropna(how="all") for name in others}
 
 
 def interval(values: pd.Series) -> tuple[float, float]:
-    """95 % bootstrap interval (BCa) of the mean over cases; NaN for a single case."""
-    if len(values) < 2:
+    """95 % bootstrap interval (BCa) of the mean over cases; NaN where all are equal."""
+    if values.nunique() < 2:
         return np.nan, np.nan
     generator = np.random.default_rng(BOOTSTRAP_SEED)
     found = bootstrap((values.to_numpy(),), np.mean, random_state=generator).confidence_interval
     return float(found.low), float(found.high)
 
 
-def markdown(cases: pd.DataFrame, results: list[dict]) -> str:
-    tables = [_summary_table(cases), _difference_table(cases), _cost_table(results)]
+def wilcoxon_p(values: pd.Series) -> float:
+    """Two-sided Wilcoxon signed-rank test over cases; NaN where nothing differs."""
+    return float(wilcoxon(values).pvalue) if values.any() else np.nan
+
+
+def difference_rows(cases: pd.DataFrame) -> pd.DataFrame:
+    """A row for each trainer, metric and class, and for the mean of the classes."""
+    rows = []
+    for metric, title in METRICS.items():
+        for trainer, table in differences(cases, metric).items():
+            for name, values in [("mean", table.mean(axis=1)), *table.items()]:
+                values = values.dropna()
+                low, high = interval(values)
+                better = (values > 0).sum() if metric in IN_PERCENT else (values < 0).sum()
+                numbers = {"mean": values.mean(), "low": low, "high": high, "better": better, "p": wilcoxon_p(values)}
+                about = {"trainer": trainer, "metric": title, "class": name, "cases": len(values)}
+                rows.append({**about, **numbers})
+    return pd.DataFrame(rows)
+
+
+def markdown(cases: pd.DataFrame, rows: pd.DataFrame, results: list[dict]) -> str:
+    """The report; `rows` are those of :func:`difference_rows`."""
+    tables = [_summary_table(cases), _difference_table(rows), _cost_table(results)]
     machines = sorted({result["machine"] for result in results})
     versions = sorted({", ".join(f"{k} {v}" for k, v in result["versions"].items()) for result in results})
     failed = [f"{result['folder'].name}: {result['failure']}" for result in results if result["failure"]]
@@ -99,35 +131,37 @@ def markdown(cases: pd.DataFrame, results: list[dict]) -> str:
 
 
 def _summary_table(cases: pd.DataFrame) -> list[str]:
-    lines = ["Mean over cases; ± is the standard deviation over runs.", ""]
-    lines += _head("trainer", "class", "runs", *METRICS.values())
+    lines = ["Mean over cases; ± is the standard deviation over repetitions.", ""]
+    lines += _head("trainer", "class", "repetitions", *METRICS.values())
     for (trainer, name), row in summary(cases).iterrows():
         numbers = [_with_spread(row[metric]) for metric in METRICS]
         lines.append(_row(trainer, name, int(row[("dice", "count")]), *numbers))
     return lines
 
 
-def _difference_table(cases: pd.DataFrame) -> list[str]:
-    if not differences(cases, "dice"):
+def _difference_table(rows: pd.DataFrame) -> list[str]:
+    """Of the mean over classes; differences.csv has each class."""
+    if rows.empty:
         return []
-    lines = ["Paired over cases, each averaged over its runs and classes.", ""]
+    lines = ["Paired over cases, each averaged over its repetitions and classes (each class: differences.csv).", ""]
     lines += _head("trainer minus stock", "metric", "cases", "mean", "95 % interval", "better cases", "Wilcoxon p")
-    for metric, title in METRICS.items():
-        for trainer, values in differences(cases, metric).items():
-            low, high = interval(values)
-            better = (values > 0).sum() if metric in IN_PERCENT else (values < 0).sum()
-            numbers = [f"{values.mean():+.2f}", f"{low:+.2f} to {high:+.2f}", better, f"{wilcoxon(values).pvalue:.2g}"]
-            lines.append(_row(trainer, title, len(values), *numbers))
+    for _, row in rows[rows["class"] == "mean"].iterrows():
+        numbers = [f"{row['mean']:+.2f}", f"{row['low']:+.2f} to {row['high']:+.2f}", row["better"], f"{row['p']:.2g}"]
+        lines.append(_row(row["trainer"], row["metric"], row["cases"], *numbers))
     return lines
 
 
 def _cost_table(results: list[dict]) -> list[str]:
     """Medians over runs; a dash where no run has been measured."""
     costs = pd.DataFrame([{"trainer": result["trainer"], **costs_of(result)} for result in results])
-    lines = ["Medians over runs; a step with nnU-Net's online validation, a prediction with mirroring.", ""]
+    lines = [
+        "Medians over runs. A step is an epoch's time by its training steps, so its share of the online validation is "
+        "in it (scripts/step_time.py compares steps alone); a prediction is one with mirroring.",
+        "",
+    ]
     lines += _head("trainer", *costs.columns[1:])
     for trainer, row in costs.groupby("trainer").median().iterrows():
-        lines.append(_row(trainer, *("–" if np.isnan(value) else f"{value:.3g}" for value in row)))
+        lines.append(_row(trainer, *map(_as_cost, row)))
     return lines
 
 
@@ -153,6 +187,10 @@ def _with_spread(values: pd.Series) -> str:
     return f"{values['mean']:.2f}" + ("" if np.isnan(values["std"]) else f" ± {values['std']:.2f}")
 
 
+def _as_cost(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def _row(*cells: object) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -163,7 +201,7 @@ def _head(*titles: str) -> list[str]:
 
 def draw_differences(cases: pd.DataFrame, file: Path) -> None:
     """Dice of each trainer minus stock, a dot for each case, the mean with its interval. Nothing without stock."""
-    values = differences(cases, "dice")
+    values = {name: table.mean(axis=1).dropna() for name, table in differences(cases, "dice").items()}
     if not values:
         return
     figure, axes = plt.subplots(figsize=(7, 1.2 + 0.5 * len(values)), layout="constrained")
@@ -179,11 +217,11 @@ def draw_differences(cases: pd.DataFrame, file: Path) -> None:
 
 
 def draw_learning_curves(results: list[dict], file: Path) -> None:
-    """Moving average of the pseudo Dice by epoch, a line for each run."""
+    """Pseudo Dice by epoch, a line for each run. Not the moving average: in a short training it hides the start."""
     with _figure_by_trainer(results, file) as (axes, colors):
         for result in results:
-            axes.plot(result["curves"]["ema_fg_dice"], color=colors[result["trainer"]])
-        axes.set(xlabel="epoch", ylabel="pseudo Dice, moving average")
+            axes.plot(result["curves"]["mean_fg_dice"], linewidth=1, color=colors[result["trainer"]])
+        axes.set(xlabel="epoch", ylabel="pseudo Dice")
 
 
 def draw_dice_against_time(cases: pd.DataFrame, results: list[dict], file: Path) -> None:
@@ -202,7 +240,7 @@ def _figure_by_trainer(results: list[dict], file: Path) -> Iterator[tuple[Axes, 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     colors = {name: f"C{n}" for n, name in enumerate(dict.fromkeys(result["trainer"] for result in results))}
     yield axes, colors
-    axes.legend(handles=[Line2D([], [], color=color, label=name) for name, color in colors.items()])
+    axes.legend(handles=[Line2D([], [], color=color, label=name, marker="o") for name, color in colors.items()])
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
@@ -210,7 +248,7 @@ def _figure_by_trainer(results: list[dict], file: Path) -> Iterator[tuple[Axes, 
 def draw_contours(cases: pd.DataFrame, results: list[dict], folder: Path) -> list[str]:
     """The best, the median and the worst case by the mean Dice over all runs, as a first run of each trainer predicts
     them. Returns the trainers whose contours cannot be drawn, because predictions or images are not there."""
-    ranking = cases.groupby("case")["dice"].mean().sort_values().index
+    ranking = cases.groupby("case")["dice"].mean().dropna().sort_values().index
     chosen = {"best": ranking[-1], "median": ranking[len(ranking) // 2], "worst": ranking[0]}
     raw = Path(os.environ.get("nnUNet_raw", ""), results[0].get("dataset", ""))
     missing = []
@@ -257,9 +295,11 @@ def main() -> int:
     except FileNotFoundError as error:
         parser.error(str(error))
     arguments.o.mkdir(parents=True, exist_ok=True)
-    report = markdown(cases, results)
+    rows = difference_rows(cases)
+    report = markdown(cases, rows, results)
     (arguments.o / "report.md").write_text(report + "\n")
     cases.to_csv(arguments.o / "cases.csv", index=False)
+    rows.to_csv(arguments.o / "differences.csv", index=False)
     finished = [result for result in results if result["failure"] is None]
     draw_differences(cases, arguments.o / "differences.png")
     draw_learning_curves(finished, arguments.o / "learning_curves.png")

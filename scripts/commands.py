@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
 
 from nnunetv2_selfreg.files import replacing
+
+POLL_SECONDS = 0.2
 
 
 class ExitStatusError(RuntimeError):
@@ -22,51 +28,88 @@ def call(
     *command: str,
     log: Path,
     environment: Mapping[str, str] | None = None,
+    on_start: Callable[[int], object] = lambda _: None,
     on_line: Callable[[str], object] = lambda _: None,
-    keep_open: Sequence[int] = (),
-) -> int:
-    """Runs a command of this Python environment, its output appended to `log`.
+) -> str:
+    """Runs a command of this Python environment in a process group of its own, its output appended to `log`.
+
+    The command writes to the file itself: it can be followed, a killed command leaves what it said, and nothing waits
+    for worker processes that outlive it. They are ended with it.
 
     Args:
         command: program and arguments.
-        log: is written line by line, so that a run can be followed and a killed one leaves what it said.
+        log: is opened anew for this call.
         environment: variables of the command; default: those of this process.
-        on_line: is given each line of the output.
-        keep_open: descriptors that the command inherits.
+        on_start: is given the process's number, which is the group's too.
+        on_line: is given each line of the output, soon after it was written.
 
     Returns:
-        The most memory that the command or one of its ended subprocesses had at once, in bytes.
+        What the command printed.
 
     Raises:
         ExitStatusError: its status is not 0.
     """
     program = str(Path(sys.executable).with_name(command[0]))
     variables = {**(os.environ if environment is None else environment), "PYTHONUNBUFFERED": "1"}
-    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    text = {"text": True, "errors": "replace"}
-    with log.open("a") as file:
-        begin = file.tell()
-        process = subprocess.Popen([program, *command[1:]], env=variables, pass_fds=keep_open, **streams, **text)
+    with log.open("ab") as output, log.open("rb") as written:
+        written.seek(0, os.SEEK_END)
+        begin = written.tell()
+        process = subprocess.Popen(
+            [program, *command[1:]],
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
-            for line in process.stdout:
-                file.write(line)
-                file.flush()
-                on_line(line)
-        except BaseException:  # a full disk, Ctrl-C: nobody would read what it prints
-            process.kill()
-            raise
+            with _exit_on_sigterm():
+                on_start(process.pid)
+                running = True
+                while running:
+                    running = process.poll() is None
+                    for line in _complete_lines(written, wait=running):
+                        on_line(line)
         finally:
-            process.stdout.close()
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
+            kill_group(process.pid)
+            process.wait()
+        written.seek(begin)
+        printed = written.read().decode(errors="replace")
     if process.returncode != 0:
-        with log.open() as file:
-            file.seek(begin)
-            end = "".join(file.readlines()[-15:])
+        end = "\n".join(printed.splitlines()[-15:])
         raise ExitStatusError(
             f"{shlex.join(command)} failed with status {process.returncode}; the end of {log}:\n{end}"
         )
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return printed
+
+
+@contextlib.contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """SIGTERM raises SystemExit here, so that the group, which the signal does not reach, is ended too."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _complete_lines(written: BinaryIO, wait: bool) -> Iterator[str]:
+    """The lines that were added to an open file; half a line is left for the next time."""
+    if wait:
+        time.sleep(POLL_SECONDS)
+    while True:
+        position = written.tell()
+        line = written.readline()
+        if not line.endswith(b"\n"):
+            written.seek(position)
+            return
+        yield line.decode(errors="replace")
+
+
+def kill_group(group: int) -> None:
+    """Ends the processes of a group at once, if there are any."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # the latter of a zombie on macOS
+        os.killpg(group, signal.SIGKILL)
 
 
 def add_configuration(plans_file: Path, name: str, base: str, settings: dict, architecture: dict) -> None:

@@ -6,11 +6,15 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from batchgenerators.utilities.file_and_folder_operations import load_json
+from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
 from commands import add_configuration, call
+from locks import locked
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunetv2_selfreg.data.datasets import labeled_cases
-from nnunetv2_selfreg.data.splits import append_fold, new_fold, read_splits
+from nnunetv2_selfreg.data.datasets import labeled_cases, read_json
+from nnunetv2_selfreg.data.splits import append_fold, folds_of, new_fold
+from nnunetv2_selfreg.files import replacing
 
 PROTOCOLS = Path(__file__).resolve().parent / "protocols"
 
@@ -45,10 +49,9 @@ class Protocol:
         Raises:
             ValueError: there is none, or not of that scale; the message lists what there is.
         """
-        file = PROTOCOLS / f"{name}.json"
-        if not file.is_file():
+        if name not in protocol_names():
             raise ValueError(f"there is no protocol {name}; there are {', '.join(protocol_names())}")
-        content = load_json(str(file))
+        content = _with_inherited(load_json(str(PROTOCOLS / f"{name}.json")))
         scales = content.pop("scales")
         if scale not in scales:
             raise ValueError(f"protocol {name} has no scale {scale}; it has {', '.join(scales)}")
@@ -59,6 +62,11 @@ class Protocol:
         """The preprocessed data set."""
         return Path(os.environ["nnUNet_preprocessed"]) / self.dataset
 
+    @property
+    def raw(self) -> Path:
+        """The raw data set."""
+        return Path(os.environ["nnUNet_raw"]) / self.dataset
+
     def prepare(self, log: Path) -> list[int]:
         """Makes what is missing of plans, configuration, preprocessed cases and folds; returns the folds.
 
@@ -68,47 +76,81 @@ class Protocol:
             ExitStatusError: one of nnU-Net's commands failed.
         """
         self._require_data_set()
+        with locked(self.folder.with_name(f"{self.dataset}.lock")):  # another protocol may need the same files
+            self._plan(log)
+            folds, file = folds_of(self.folder), self.folder / "splits_final.json"
+            if not file.is_file():  # else the first training would write it, and change its own setting
+                with replacing(file) as part:
+                    save_json(folds, part)
+            return self.folds if self.split is None else [self._fold(folds)]
+
+    def _plan(self, log: Path) -> None:
         number = str(int(self.dataset[7:10]))  # nnU-Net's commands before the training take no names
         if not (self.folder / "dataset_fingerprint.json").is_file():
             call("nnUNetv2_extract_fingerprint", "-d", number, log=log)
         plans = self.folder / f"{self.plans}.json"
         if not plans.is_file():
             spacing = ["-overwrite_target_spacing", *map(str, self.spacing)] if self.spacing else []
-            named = ["-overwrite_plans_name", self.plans]
-            call("nnUNetv2_plan_experiment", "-d", number, *spacing, *named, log=log)
+            call("nnUNetv2_plan_experiment", "-d", number, *spacing, "-overwrite_plans_name", self.plans, log=log)
+        base = self.base or self.configuration
+        if base not in (configurations := read_json(plans)["configurations"]):
+            raise ValueError(f"{plans} has no configuration {base}; it has {', '.join(configurations)}")
         if self.base:
             add_configuration(plans, self.configuration, self.base, self.settings, self.architecture)
-        base = self.base or self.configuration
-        configurations = load_json(str(plans))["configurations"]
-        if base not in configurations:
-            raise ValueError(f"{plans} has no configuration {base}; it has {', '.join(configurations)}")
-        if not self._is_preprocessed(configurations, base):
+        if not self.is_preprocessed():
             call("nnUNetv2_preprocess", "-d", number, "-plans_name", self.plans, "-c", base, log=log)
-        return self.folds if self.split is None else [self._fold()]
 
     def _require_data_set(self) -> None:
         for name in ("nnUNet_raw", "nnUNet_preprocessed"):
             if name not in os.environ:
                 raise ValueError(f"the environment variable {name} is not set")
-        raw = Path(os.environ["nnUNet_raw"]) / self.dataset
-        if not raw.is_dir() and not self.folder.is_dir():
-            raise ValueError(f"{raw} does not exist: put the raw data set there, in nnU-Net's format")
+        if not self.raw.is_dir() and not self.folder.is_dir():
+            raise ValueError(f"{self.raw} does not exist: put the raw data set there, in nnU-Net's format")
 
-    def _is_preprocessed(self, configurations: dict, name: str) -> bool:
-        """Whether every case is there: an interrupted preprocessing leaves a folder that lacks some."""
-        while "data_identifier" not in configurations[name]:
-            name = configurations[name]["inherits_from"]
-        folder = self.folder / configurations[name]["data_identifier"]
-        if not (self.folder / "gt_segmentations").is_dir():
+    def is_preprocessed(self) -> bool:
+        """Whether every case is there with its labels: an interrupted preprocessing leaves folders that lack some."""
+        folder, labels = self.folder / self._planned().data_identifier, self.folder / "gt_segmentations"
+        if not labels.is_dir():
             return False
-        return all((folder / f"{case}.pkl").is_file() for case in labeled_cases(self.folder))
+        cases = set(labeled_cases(self.folder))
+        if self.raw.is_dir():
+            cases |= set(get_filenames_of_train_images_and_targets(str(self.raw)))
+        ending = read_json(self.folder / "dataset.json")["file_ending"]
+        return all((folder / f"{case}.pkl").is_file() and (labels / f"{case}{ending}").is_file() for case in cases)
 
-    def _fold(self) -> int:
+    def setting(self, fold: int) -> dict:
+        """What decides about a run's result besides the trainer: a run made in another setting is another run.
+
+        Raises:
+            ValueError: there is no such fold.
+        """
+        folds = folds_of(self.folder)
+        if not fold < len(folds):
+            raise ValueError(f"{self.folder / 'splits_final.json'} has no fold {fold}; it has 0 to {len(folds) - 1}")
+        return {
+            "dataset": self.dataset,
+            "epochs": self.epochs,
+            "iterations": self.iterations,
+            "configuration": self._planned().configuration,
+            "cases": folds[fold],
+        }
+
+    def _planned(self) -> ConfigurationManager:
+        """The configuration with what it inherits."""
+        return PlansManager(str(self.folder / f"{self.plans}.json")).get_configuration(self.configuration)
+
+    def _fold(self, folds: list[dict]) -> int:
         """The number of the protocol's split in splits_final.json, to which it is appended if it is not there."""
         wanted = new_fold(labeled_cases(self.folder), **self.split)
-        file = self.folder / "splits_final.json"
-        splits = read_splits(file) if file.is_file() else []
-        return splits.index(wanted) if wanted in splits else append_fold(self.dataset, **self.split)[0]
+        return folds.index(wanted) if wanted in folds else append_fold(self.dataset, **self.split)[0]
+
+
+def _with_inherited(content: dict) -> dict:
+    """A protocol's file in which `inherits_from` names another: what it says itself counts."""
+    if "inherits_from" not in content:
+        return content
+    inherited = _with_inherited(load_json(str(PROTOCOLS / f"{content.pop('inherits_from')}.json")))
+    return {**inherited, **content}
 
 
 def protocol_names() -> list[str]:

@@ -10,12 +10,12 @@ the file of that name in REFERENCE. A training's `fold_X/validation` is such a f
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 from nnunetv2.evaluation.evaluate_predictions import region_or_label_to_mask
@@ -95,10 +95,7 @@ def main() -> None:
         found = list(folder_metrics(folder, arguments.reference, dataset_json))
         print_means(folder, found)
         rows += [{"folder": folder, **row} for row in found]
-    with arguments.o.open("w", newline="") as file:
-        table = csv.DictWriter(file, ["folder", "case", "class", *METRICS])
-        table.writeheader()
-        table.writerows(rows)
+    pd.DataFrame(rows).to_csv(arguments.o, index=False)
 
 
 def print_means(folder: Path, rows: list[dict]) -> None:

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
@@ -62,8 +63,9 @@ def main() -> None:
     rows = summary(seconds, memory, loading)
     print_table(rows)
     if arguments.o:
-        about = {**vars(arguments), "torch": torch.__version__, "machine": machine(arguments.device)}
-        arguments.o.write_text(json.dumps({"rows": rows, **{k: str(v) for k, v in about.items()}}, indent=4))
+        about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": machine(arguments.device)}
+        about |= {name: str(value) for name, value in vars(arguments).items()}
+        arguments.o.write_text(json.dumps({"rows": rows, **about}, indent=4))
 
 
 def build(name: str, arguments: argparse.Namespace) -> Any:
@@ -93,9 +95,11 @@ def measure(trainers: dict[str, Any], loader: Any, rounds: int) -> tuple[dict[st
         for name in [*trainers, *trainers][shift : shift + len(trainers)]:
             samples = batch_for(trainers[name], batch)
             start = time.perf_counter()
-            trainers[name].train_step(samples)  # ends with the loss on the CPU, so nothing is still queued on a GPU
+            loss = trainers[name].train_step(samples)["loss"]  # on the CPU, so nothing is still queued on a GPU
             if count >= 2:
                 seconds[name].append(time.perf_counter() - start)
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss of {name} is {loss}")
     memory = {name: peak_memory(trainer, batch_for(trainer, batch)) for name, trainer in trainers.items()}
     return seconds, memory
 
@@ -179,12 +183,6 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         cells += [f"{row['memory_mib']:.0f}", f"{row['memory_ratio']:.3f}"]
         cells += [f"{1000 * row['loading_seconds']:.0f}", f"{row['loading_ratio']:.3f}"] if with_loading else []
         print(f"| {' | '.join(cells)} |")
-
-
-def machine(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 if __name__ == "__main__":

@@ -48,9 +48,8 @@ def append_fold(
         fold = new_fold(cases, labeled, val, seed, in_order)
     except CommandError as error:
         raise CommandError(f"{folder.name}: {error}") from error
-    file = folder / "splits_final.json"
-    splits = read_splits(file) if file.exists() else _nnunets_folds(cases, file)
-    with replacing(file) as part:
+    splits = folds_of(folder)
+    with replacing(folder / "splits_final.json") as part:
         save_json([*splits, fold], part)
     return len(splits), fold
 
@@ -91,6 +90,23 @@ def new_fold(
     }
 
 
+def folds_of(folder: Path) -> list[Fold]:
+    """The folds in a preprocessed data set's splits_final.json; without one, those that nnU-Net would write there.
+
+    Raises:
+        CommandError: the file is corrupt, see `read_splits`, or there is none and too few cases for nnU-Net's five.
+    """
+    file, cases = folder / "splits_final.json", labeled_cases(folder)
+    if file.exists():
+        return read_splits(file)
+    if len(cases) < _NNUNETS_FOLDS:
+        raise CommandError(
+            f"{file} does not exist, and {len(cases)} cases are too few for nnU-Net's five folds. "
+            'Write the file yourself; "[]" is enough.'
+        )
+    return generate_crossval_split(cases, seed=12345, n_splits=_NNUNETS_FOLDS)
+
+
 def read_splits(file: Path) -> list[Fold]:
     """The folds of a splits_final.json.
 
@@ -117,13 +133,3 @@ def _how_many(option: str, amount: int | float, cases: int) -> int:
     if not 1 <= amount <= cases:
         raise CommandError(f"{option} {amount} is impossible with {cases} cases. Give a number from 1 to {cases}.")
     return amount
-
-
-def _nnunets_folds(cases: list[str], file: Path) -> list[Fold]:
-    """What nnUNetTrainer.do_split makes of sorted cases where there is no file."""
-    if len(cases) < _NNUNETS_FOLDS:
-        raise CommandError(
-            f"{file} does not exist, and {len(cases)} cases are too few for nnU-Net's five folds. "
-            'Write the file yourself; "[]" is enough.'
-        )
-    return generate_crossval_split(cases, seed=12345, n_splits=_NNUNETS_FOLDS)

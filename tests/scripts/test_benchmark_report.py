@@ -1,12 +1,14 @@
 """The report's arithmetic on runs of known numbers, and its files."""
 
+import shutil
 import sys
 
 import benchmark_report
 import numpy as np
 import pandas as pd
+import phantom
 import pytest
-from batchgenerators.utilities.file_and_folder_operations import save_json
+from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
 from scipy.stats import wilcoxon
 
 DICE = {
@@ -34,7 +36,7 @@ def runs(tmp_path):
             "fold": 5,
             "repetition": repetition,
             "parameters": 1_500_000,
-            "curves": {"ema_fg_dice": [0.1, 0.2, 0.3, 0.4], **times},
+            "curves": {"mean_fg_dice": [0.1, 0.2, 0.3, 0.4], **times},
             "machine": "2 cores",
             "versions": {"torch": "2.15.0"},
             "command": f"nnUNetv2_train {trainer}",
@@ -56,7 +58,8 @@ def test_mean_over_cases_and_deviation_over_runs(runs):
 
 def test_differences_are_paired_by_case(runs):
     cases, _ = benchmark_report.read_runs(runs)
-    (values,) = benchmark_report.differences(cases, "dice").values()
+    (table,) = benchmark_report.differences(cases, "dice").values()
+    values = table["organ"]
     stock = np.mean([DICE["nnUNetTrainer", 1], DICE["nnUNetTrainer", 2]], 0)
     np.testing.assert_allclose(values, 100 * (np.array(DICE["nnUNetTrainerMine", 1]) - stock))
     low, high = benchmark_report.interval(values)
@@ -81,12 +84,104 @@ def test_report_has_every_number_and_the_commands(runs, tmp_path, monkeypatch, c
     assert sorted(file.name for file in (tmp_path / "report").iterdir()) == [
         "cases.csv",
         "dice_against_time.png",
+        "differences.csv",
         "differences.png",
         "learning_curves.png",
         "report.md",
     ]
     assert len(pd.read_csv(tmp_path / "report" / "cases.csv")) == 18
     assert capsys.readouterr().out.strip() == report.strip()
+
+
+def table(values: dict) -> pd.DataFrame:
+    """Rows of (trainer, fold, repetition, case, class) with a Dice, the other metrics alike."""
+    rows = [(*key, *[value] * 4) for key, value in values.items()]
+    return pd.DataFrame(rows, columns=["trainer", "fold", "repetition", "case", "class", *benchmark_report.METRICS])
+
+
+def test_spread_is_over_repetitions_not_over_folds():
+    stock = "nnUNetTrainer"
+    cases = table({(stock, fold, rep, f"{fold}", "a"): 60 + 30 * fold for fold in (0, 1) for rep in (1, 2)})
+    dice = benchmark_report.summary(cases).loc[(stock, "a"), "dice"]
+    assert (dice["mean"], dice["std"], dice["count"]) == (75, 0, 2)
+
+
+def test_only_pairs_that_both_sides_have_in_every_repetition_count():
+    """`b` is nowhere in case 1; one repetition of one trainer sees it there all the same."""
+    values = {("nnUNetTrainer", 0, rep, case, label): 80.0 for rep in (1, 2) for case in "12" for label in "ab"}
+    values |= {("nnUNetTrainerMine", 0, rep, case, label): 90.0 for rep in (1, 2) for case in "12" for label in "ab"}
+    for trainer in ("nnUNetTrainer", "nnUNetTrainerMine"):
+        for repetition in (1, 2):
+            values[trainer, 0, repetition, "1", "b"] = np.nan
+    values["nnUNetTrainerMine", 0, 2, "1", "b"] = 0.0
+    (found,) = benchmark_report.differences(table(values), "dice").values()
+    np.testing.assert_array_equal(found.to_numpy(), [[10, np.nan], [10, 10]])
+    rows = benchmark_report.difference_rows(table(values))
+    dice = rows[rows["metric"] == "Dice"].set_index("class")
+    assert dice["cases"].to_dict() == {"mean": 2, "a": 2, "b": 1}
+    assert dice["mean"].to_dict() == {"mean": 10, "a": 10, "b": 10}
+
+
+@pytest.mark.filterwarnings("error")
+def test_runs_that_do_not_differ_at_all():
+    values = {(t, 0, 1, case, "a"): 80.0 for t in ("nnUNetTrainer", "nnUNetTrainerMine") for case in "12"}
+    rows = benchmark_report.difference_rows(table(values))
+    assert (rows["mean"] == 0).all()
+    assert rows[["low", "high", "p"]].isna().all(axis=None)
+
+
+def test_diverged_runs_are_named_and_left_out(runs, tmp_path, monkeypatch):
+    (failed,) = runs.glob("nnUNetTrainerMine*")
+    result = load_json(str(failed / "result.json"))
+    save_json({**result, "failure": "it diverged: nan"}, str(failed / "result.json"))
+    (failed / "metrics.csv").unlink()
+    cases, results = benchmark_report.read_runs(runs)
+    assert set(cases["trainer"]) == {"nnUNetTrainer"}
+    report = benchmark_report.markdown(cases, benchmark_report.difference_rows(cases), results)
+    assert f"{failed.name}: it diverged: nan" in report
+    monkeypatch.setattr(sys, "argv", ["benchmark_report.py", str(runs), "-o", str(tmp_path / "report")])
+    assert benchmark_report.main() == 0
+    for folder in runs.glob("nnUNetTrainer-*/result.json"):
+        folder.unlink()
+    with pytest.raises(FileNotFoundError, match=r"all runs of .* failed: .*it diverged: nan"):
+        benchmark_report.read_runs(runs)
+
+
+def test_costs_are_medians_over_runs(runs):
+    for number, file in enumerate(sorted(runs.glob("nnUNetTrainer-*/result.json")), 1):
+        measured = {"iterations": 10, "peak_memory_mib": 1000 * number, "prediction_seconds": 2 * number}
+        save_json({**load_json(str(file)), **measured}, str(file))
+    cases, results = benchmark_report.read_runs(runs)
+    lines = benchmark_report.markdown(cases, benchmark_report.difference_rows(cases), results).splitlines()
+    # 4 epochs of 1 s and of 2 s; 1.5 million parameters
+    assert "| nnUNetTrainer | 1.5 | 0.15 | 0.1 | 1500 | 3 |" in lines
+    assert "| nnUNetTrainerMine | 1.5 | – | 0.0667 | – | – |" in lines
+
+
+def test_contours_of_the_best_the_median_and_the_worst_case(runs, tmp_path, monkeypatch):
+    raw = tmp_path / "raw" / "Dataset001_Phantom"
+    phantom.write_dataset(raw, train=6, shape=(8, 12, 12))
+    monkeypatch.setenv("nnUNet_raw", str(raw.parent))
+    names = {f"case_{n}": f"phantom_{n:03d}" for n in range(6)}
+    for file in runs.glob("*/metrics.csv"):
+        pd.read_csv(file).replace({"case": names}).to_csv(file, index=False)
+        result = load_json(str(file.with_name("result.json")))
+        save_json({**result, "dataset": raw.name, "validation": "val"}, str(file.with_name("result.json")))
+        if result["trainer"] == "nnUNetTrainer":
+            shutil.copytree(raw / "labelsTr", file.with_name("val"))
+    drawn = {}
+    monkeypatch.setattr(benchmark_report, "contour_figure", lambda cases, file: drawn.update({file.name: cases}))
+    cases, results = benchmark_report.read_runs(runs)
+    assert benchmark_report.draw_contours(cases, results, tmp_path) == ["nnUNetTrainerMine"]
+    titles = [case.title for case in drawn["contours-nnUNetTrainer.png"]]
+    assert titles == [
+        "best: phantom_000, Dice 80.0 %",
+        "median: phantom_001, Dice 60.0 %",
+        "worst: phantom_005, Dice 30.0 %",
+    ]
+    first = drawn["contours-nnUNetTrainer.png"][0]
+    assert first.image.shape == first.reference.shape == (8, 12, 12)
+    np.testing.assert_array_equal(first.reference, first.prediction)
 
 
 def test_folder_without_a_finished_run_is_named(tmp_path):

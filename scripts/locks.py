@@ -1,0 +1,68 @@
+"""One run in a folder at a time, whoever was killed."""
+
+from __future__ import annotations
+
+import fcntl
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from commands import kill_group
+from tqdm import tqdm
+
+
+class Lock:
+    """A lock that this process holds, and names the process that works under it."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def works_under_it(self, process: int) -> None:
+        """Notes a process that may outlive this one: who takes the lock later waits for it."""
+        self._file.write_text(f"{socket.gethostname()} {process} {psutil.Process(process).create_time()}")
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[Lock]:
+    """Waits until no other process holds the lock, nor works on under the lock of one that was killed.
+
+    The kernel gives a killed process's lock free at once; what it had started lives on. Its workers would too, when
+    that is killed in turn, so they are ended first.
+    """
+    with file.open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tqdm.write(f"{file} is locked by another process; waiting for it", file=sys.stderr)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        _wait_for_what_was_left_behind(file)
+        try:
+            yield Lock(file)
+        finally:
+            file.write_text("")
+
+
+def _wait_for_what_was_left_behind(file: Path) -> None:
+    host, *numbers = file.read_text().split() or [""]
+    if host != socket.gethostname():
+        return
+    process, created = int(numbers[0]), float(numbers[1])
+    if psutil.pid_exists(process) and not _is_running(process, created):
+        return  # the number is another's by now, so nothing of the old group is left
+    if _is_running(process, created):
+        tqdm.write(f"process {process} was left behind and still works; waiting for it ({file})", file=sys.stderr)
+    while _is_running(process, created):
+        time.sleep(1)
+    kill_group(process)
+
+
+def _is_running(process: int, created: float) -> bool:
+    try:
+        found = psutil.Process(process)
+        return found.create_time() == created and found.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,229 @@
+"""One training of one trainer in a benchmark: its folder, its command, and what is kept of it."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shlex
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from commands import ExitStatusError, call
+from locks import Lock, locked
+from machine import machine
+from protocol import Protocol
+from segmentation_metrics import folder_metrics
+from tqdm import tqdm
+
+from nnunetv2_selfreg.data.datasets import read_json
+from nnunetv2_selfreg.files import replacing
+
+PACKAGES = ("nnunetv2", "nnunetv2-selfreg", "torch", "monai")
+# What nnU-Net and torch, which tells only that a write failed, say of it.
+FULL_DISK = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing", "unexpected pos")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of one trainer."""
+
+    protocol: Protocol
+    trainer: str
+    fold: int
+    repetition: int
+    output: Path
+    device: str
+
+    @property
+    def folder(self) -> Path:
+        return self.output / self.protocol.name / f"{self.trainer}-fold{self.fold}-{self.repetition}"
+
+    @property
+    def finished(self) -> bool:
+        """result.json is the last file of a run."""
+        return (self.folder / "result.json").is_file()
+
+    def check_setting(self) -> None:
+        """Notes the setting of a new run.
+
+        Raises:
+            ValueError: the run was begun in another setting, so it cannot stand beside the others, or there is no such
+                fold.
+        """
+        file, setting = self.folder / "setting.json", {**self.protocol.setting(self.fold), "device": self.device}
+        if file.is_file():
+            before = read_json(file)
+            different = [name for name in setting if before.get(name) != setting[name]]
+            if different:
+                raise ValueError(
+                    f"{file} says that this run was begun with other {', '.join(different)}. Take another -o, or "
+                    f"remove {self.folder}"
+                )
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as part:
+            save_json(setting, part, sort_keys=False)
+
+    @property
+    def model(self) -> list[str]:
+        """Trainer and plans as nnUNetv2_train takes them."""
+        length = f"{self.protocol.epochs}epochs_{self.protocol.iterations}iters"
+        return ["-tr", f"{self.trainer}_{length}", "-p", self.protocol.plans]
+
+    @property
+    def results(self) -> Path:
+        """nnU-Net's folder of the fold."""
+        model = f"{self.model[1]}__{self.protocol.plans}__{self.protocol.configuration}"
+        return self.folder / "nnUNet_results" / self.protocol.dataset / model / f"fold_{self.fold}"
+
+    @property
+    def command(self) -> list[str]:
+        training = [self.protocol.dataset, self.protocol.configuration, str(self.fold), *self.model]
+        return ["nnUNetv2_train", *training, "-device", self.device]
+
+    def execute(self, on_epoch: Callable[[], object]) -> str | None:
+        """Trains, validates and measures. Returns why the run failed for good, that is how it diverged, or None.
+
+        Raises:
+            Exception: it failed otherwise, and can be executed again.
+        """
+        with locked(self.folder / "lock") as lock:
+            if self.finished:  # by whoever held the lock
+                return None
+            remove_broken_checkpoints(self.results)
+            try:
+                measured = self.train(on_epoch, lock)
+                failure = divergence(measured["curves"]["train_losses"])
+            except ExitStatusError as error:
+                measured, failure = {}, reported_divergence(str(error))
+                if failure is None:
+                    raise
+            if failure is None:
+                self.write_metrics()
+            with replacing(self.folder / "result.json") as part:
+                save_json({**self.about(), "failure": failure, **measured}, part, sort_keys=False)
+            return failure
+
+    def train(self, on_epoch: Callable[[], object], lock: Lock) -> dict:
+        """Runs nnUNetv2_train; returns what its checkpoint and its output tell."""
+        environment = {**os.environ, "nnUNet_results": str(self.folder / "nnUNet_results")}
+        memory = Memory(self.device)
+
+        def start(process: int) -> None:
+            lock.works_under_it(process)
+            memory.process = process
+
+        def watch(line: str) -> None:
+            if "Epoch time:" in line:
+                memory.look()
+                on_epoch()
+
+        log = self.folder / "log.txt"
+        printed = call(*self.command, "--c", log=log, environment=environment, on_start=start, on_line=watch)
+        return {
+            **self.from_checkpoint(),
+            "peak_memory_mib": memory.highest / 2**20 if memory.highest else None,  # None: trained in an earlier call
+            "prediction_seconds": prediction_seconds(printed),
+        }
+
+    def write_metrics(self) -> None:
+        references = self.protocol.folder / "gt_segmentations"
+        description = load_json(str(self.protocol.folder / "dataset.json"))
+        rows = list(folder_metrics(self.results / "validation", references, description))
+        with replacing(self.folder / "metrics.csv") as part:
+            pd.DataFrame(rows).to_csv(part, index=False)
+
+    def from_checkpoint(self) -> dict:
+        """The size of the network and the learning curves."""
+        checkpoint = torch.load(self.results / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+        # A decoder holds its encoder, so some tensors have two names.
+        tensors = {tensor.data_ptr(): tensor.numel() for tensor in checkpoint["network_weights"].values()}
+        curves = {name: [as_plain(value) for value in values] for name, values in checkpoint["logging"].items()}
+        return {"parameters": sum(tensors.values()), "curves": curves}
+
+    def about(self) -> dict:
+        """What was run, where, and with which versions."""
+        return {
+            "protocol": self.protocol.name,
+            "dataset": self.protocol.dataset,
+            "trainer": self.trainer,
+            "fold": self.fold,
+            "repetition": self.repetition,
+            "epochs": self.protocol.epochs,
+            "iterations": self.protocol.iterations,
+            "validation": str(self.results.relative_to(self.folder) / "validation"),
+            "command": shlex.join(self.command),
+            "machine": machine(self.device),
+            "versions": {package: version(package) for package in PACKAGES},
+        }
+
+
+class Memory:
+    """The most memory that a training took: its process's on a CPU, on a GPU what is in use beyond what was before."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.process = 0
+        self.highest = 0
+        self._before = self._in_use() if device == "cuda" else 0
+
+    def look(self) -> None:
+        """To be called after an epoch: the system remembers a process's peak, and torch keeps what it once took."""
+        self.highest = max(self.highest, self._in_use() - self._before)
+
+    def _in_use(self) -> int:
+        if self.device == "cuda":
+            free, total = torch.cuda.mem_get_info()
+            return total - free
+        status = Path(f"/proc/{self.process}/status")
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None  # Linux only
+        return 1024 * int(found[1]) if found else 0
+
+
+def divergence(losses: list[float]) -> str | None:
+    """How a training diverged, if it did: stock nnU-Net trains on with a loss that is not a number. An epoch like that
+    from which it recovered does not count."""
+    if math.isfinite(losses[-1]):
+        return None
+    return f"it diverged: the training loss of the last epoch is {losses[-1]}"
+
+
+def reported_divergence(output: str) -> str | None:
+    """How one of our trainings, which end at a loss that is not a number, says that it diverged, if it does."""
+    lines = [line for line in output.splitlines() if line.startswith("FloatingPointError")]
+    return f"it diverged: {lines[-1]}" if lines else None
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether a disk had no room, for this process or for a command that it called."""
+    return any(phrase in str(error) for phrase in FULL_DISK)
+
+
+def remove_broken_checkpoints(folder: Path) -> None:
+    """Stock nnU-Net writes checkpoints in place, so a kill or a full disk may leave half of one."""
+    for file in folder.glob("checkpoint_*.pth"):
+        if not zipfile.is_zipfile(file):  # whose directory is at its end
+            tqdm.write(f"{file} is broken and removed", file=sys.stderr)
+            file.unlink()
+
+
+def prediction_seconds(printed: str) -> float | None:
+    """Median time from one validation case to the next in nnU-Net's output; None for a single case."""
+    stamps = re.findall(r"^(\S+ [\d:.]+): predicting ", printed, re.MULTILINE)
+    times = [datetime.fromisoformat(stamp).timestamp() for stamp in stamps]
+    return float(np.median(np.diff(times))) if len(times) > 1 else None
+
+
+def as_plain(value):
+    """A logged value as JSON has it."""
+    return [float(v) for v in value] if isinstance(value, (list, tuple, np.ndarray)) else float(value)
