@@ -1,4 +1,4 @@
-from contract import TrainerContract, TrainerMatrix
+from contract import FOUR_CELLS, TWO_CELLS, TrainerContract, TrainerMatrix
 
 
 class _DualTask(TrainerMatrix):
@@ -12,13 +12,16 @@ class TestDualTask(_DualTask, TrainerContract):
 
 class TestDualTaskMutual(_DualTask):
     trainer = "nnUNetTrainerDualTaskMutual"
+    chosen = FOUR_CELLS
 
 
 class TestSelfRegDualTask(_DualTask):
     trainer = "nnUNetTrainerSelfRegDualTask"
+    chosen = TWO_CELLS
     terms = (*_DualTask.terms, "scr", "ifd")
 
 
 class TestSelfRegDualTaskMutual(_DualTask):
     trainer = "nnUNetTrainerSelfRegDualTaskMutual"
+    chosen = TWO_CELLS
     terms = (*_DualTask.terms, "scr", "ifd")

@@ -1,4 +1,4 @@
-from contract import TrainerContract, TrainerMatrix
+from contract import FOUR_CELLS, TWO_CELLS, TrainerContract, TrainerMatrix
 
 
 class _MeanTeacher(TrainerMatrix):
@@ -12,14 +12,17 @@ class TestMeanTeacher(_MeanTeacher, TrainerContract):
 
 class TestUAMeanTeacher(_MeanTeacher):
     trainer = "nnUNetTrainerUAMeanTeacher"
+    chosen = FOUR_CELLS
     terms = (*_MeanTeacher.terms, "kept_voxels")
 
 
 class TestSelfRegMeanTeacher(_MeanTeacher):
     trainer = "nnUNetTrainerSelfRegMeanTeacher"
+    chosen = TWO_CELLS
     terms = (*_MeanTeacher.terms, "scr", "ifd")
 
 
 class TestSelfRegUAMeanTeacher(_MeanTeacher):
     trainer = "nnUNetTrainerSelfRegUAMeanTeacher"
+    chosen = TWO_CELLS
     terms = (*_MeanTeacher.terms, "kept_voxels", "scr", "ifd")
