@@ -111,7 +111,8 @@ def batch_for(trainer: Any, batch: dict) -> dict:
     labeled = len(batch["data"]) - len(batch["data"]) // 2
     target = batch["target"]
     target = [scale[:labeled] for scale in target] if isinstance(target, list) else target[:labeled]
-    return {**batch, "target": target, "data_weak": batch["data"][labeled:]}
+    stream = trainer.labeled_stream(iter([{**batch, "target": target, "keys": batch["keys"][:labeled]}]))
+    return {**next(stream), "data_weak": batch["data"][labeled:], "keys": batch["keys"]}
 
 
 def measure_loading(trainers: dict[str, Any], rounds: int) -> dict[str, list[float]]:

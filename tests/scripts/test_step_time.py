@@ -39,8 +39,14 @@ def test_ratio_is_taken_round_by_round():
 def test_half_of_the_samples_lose_their_labels_for_a_semi_supervised_trainer(deep_supervision):
     scales = [torch.arange(5.0).reshape(5, 1), torch.arange(5.0).reshape(5, 1) + 10]
     batch = {"data": torch.arange(5.0), "target": scales if deep_supervision else scales[0], "keys": list("abcde")}
-    trainer = object.__new__(SemiSupervised)
-    mine = step_time.batch_for(trainer, batch)
+
+    class Trainer(SemiSupervised):
+        def labeled_stream(self, loader):
+            return ({**labeled, "counted": len(labeled["keys"])} for labeled in loader)
+
+    mine = step_time.batch_for(object.__new__(Trainer), batch)
+    assert mine["counted"] == 3
+    assert mine["keys"] == list("abcde")
     assert mine["data"].tolist() == [0, 1, 2, 3, 4]
     assert mine["data_weak"].tolist() == [3, 4]
     target = mine["target"] if deep_supervision else [mine["target"]]
