@@ -21,3 +21,35 @@ class nnUNetTrainerMeanTeacherWeight100(MeanTeacher, nnUNetTrainer):
     """A thousand times the published weight."""
 
     consistency_weight = 100.0
+
+
+class nnUNetTrainerMeanTeacherNoRamp(nnUNetTrainerMeanTeacherWeight10):
+    """Weight 10 from the first step."""
+
+    ramp_up_length = 1e-9
+
+
+class nnUNetTrainerMeanTeacherLongRamp(nnUNetTrainerMeanTeacherWeight10):
+    """Weight 10, reached at the end of the training, as published."""
+
+    ramp_up_length = 1.0
+
+
+class nnUNetTrainerMeanTeacherSlow(nnUNetTrainerMeanTeacherWeight10):
+    """Weight 10, a teacher that follows ten times as slowly."""
+
+    ema_decay = 0.999
+
+
+class nnUNetTrainerMeanTeacherOneView(nnUNetTrainerMeanTeacherWeight10):
+    """Weight 10, the student sees the teacher's view, without noise, as published."""
+
+    def optimise(self, batch: dict) -> dict:
+        batch["data"][-len(batch["data_weak"]) :] = batch["data_weak"]
+        return super().optimise(batch)
+
+
+class nnUNetTrainerMeanTeacherDouble(nnUNetTrainerMeanTeacherWeight10):
+    """Weight 10, two unlabelled samples for each labelled one."""
+
+    unlabeled_batch_size = 16

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from workspace import Run
 
 FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "trials"
@@ -15,15 +16,37 @@ LAMBDAS = {
     "PaperIFD": (0.015, 0.015),
     "Warm": (0.015 * 0.0067379, 0.015 * 0.0067379),  # exp(-5) at the start
 }
+# After a fifth of the training, which is half of the default ramp: 10 exp(-5 / 4).
+HALF_WAY = 2.8650480
+CONSISTENCY_WEIGHTS = {
+    "Weight1": HALF_WAY / 10,
+    "Weight10": HALF_WAY,
+    "Weight100": HALF_WAY * 10,
+    "NoRamp": 10,
+    "LongRamp": 10 * 0.0407622,  # exp(-5 * 0.8^2)
+    "Slow": HALF_WAY,
+    "OneView": HALF_WAY,
+    "Double": HALF_WAY,
+}
+
+
+@pytest.fixture
+def started(data_sets, tmp_path, monkeypatch):
+    """A variant of a trainer, built by nnU-Net and ready for its first step."""
+
+    def start(name: str):
+        monkeypatch.setenv("nnUNet_results", str(tmp_path))
+        monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([os.environ["nnUNet_extTrainer"], str(FOLDER)]))
+        trainer = Run(data_sets.name("labels"), "2d", name).build()
+        trainer.on_train_start()
+        return trainer
+
+    return start
 
 
 @pytest.mark.parametrize("variant", LAMBDAS)
-def test_variant_of_selfreg(variant, data_sets, tmp_path, monkeypatch):
-    monkeypatch.setenv("nnUNet_results", str(tmp_path))
-    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([os.environ["nnUNet_extTrainer"], str(FOLDER)]))
-    name = f"nnUNetTrainerSelfReg{variant}"
-    trainer = Run(data_sets.name("labels"), "2d", name).build()
-    trainer.on_train_start()
+def test_variant_of_selfreg(variant, started):
+    trainer = started(f"nnUNetTrainerSelfReg{variant}")
     trainer.on_train_epoch_start()
     outputs = trainer.train_step(next(trainer.dataloader_train))
     lambdas = LAMBDAS[variant]
@@ -33,3 +56,17 @@ def test_variant_of_selfreg(variant, data_sets, tmp_path, monkeypatch):
     assert (trainer.loss.ifd_order, trainer.loss.ifd_stop_gradient) == (
         ("index", True) if variant == "PaperIFD" else ("activation", False)
     )
+
+
+@pytest.mark.parametrize("variant", CONSISTENCY_WEIGHTS)
+def test_variant_of_mean_teacher(variant, started):
+    trainer = started(f"nnUNetTrainerMeanTeacher{variant}")
+    trainer.current_epoch = trainer.num_epochs // 5
+    trainer.on_train_epoch_start()
+    batch = next(trainer.dataloader_train)
+    outputs = trainer.train_step(batch)
+    assert outputs["consistency_weight"] == pytest.approx(CONSISTENCY_WEIGHTS[variant], rel=1e-4)
+    assert trainer.ema_decay == (0.999 if variant == "Slow" else 0.99)
+    assert (len(batch["data_weak"]) == 16) == (variant == "Double")
+    seen = batch["data"][-len(batch["data_weak"]) :]
+    assert torch.equal(seen, batch["data_weak"]) == (variant == "OneView")
