@@ -5,6 +5,12 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2_selfreg.training.mean_teacher import MeanTeacher
 
 
+class nnUNetTrainerMeanTeacherWeight0(MeanTeacher, nnUNetTrainer):
+    """The average of the weights alone: the unlabelled samples teach nothing."""
+
+    consistency_weight = 0.0
+
+
 class nnUNetTrainerMeanTeacherWeight1(MeanTeacher, nnUNetTrainer):
     """Ten times the published weight."""
 

@@ -19,6 +19,7 @@ LAMBDAS = {
 # After a fifth of the training, which is half of the default ramp: 10 exp(-5 / 4).
 HALF_WAY = 2.8650480
 CONSISTENCY_WEIGHTS = {
+    "Weight0": 0,
     "Weight1": HALF_WAY / 10,
     "Weight10": HALF_WAY,
     "Weight100": HALF_WAY * 10,
