@@ -1,4 +1,4 @@
-"""Variants of mean teacher that docs/results.md reports on: found with `nnUNet_extTrainer=trainers:scripts/trials`."""
+"""Mean teachers that docs/unlabelled-data.md reports on: found with `nnUNet_extTrainer=trainers:scripts/trials`."""
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -30,7 +30,7 @@ class nnUNetTrainerMeanTeacherWeight100(MeanTeacher, nnUNetTrainer):
 
 
 class nnUNetTrainerMeanTeacherNoRamp(nnUNetTrainerMeanTeacherWeight10):
-    """Weight 10 from the first step."""
+    """Weight 10 from the second step on."""
 
     ramp_up_length = 1e-9
 
@@ -58,4 +58,6 @@ class nnUNetTrainerMeanTeacherOneView(nnUNetTrainerMeanTeacherWeight10):
 class nnUNetTrainerMeanTeacherDouble(nnUNetTrainerMeanTeacherWeight10):
     """Weight 10, two unlabelled samples for each labelled one."""
 
-    unlabeled_batch_size = 16
+    def initialize(self) -> None:
+        self.unlabeled_batch_size = 2 * self.configuration_manager.batch_size
+        super().initialize()

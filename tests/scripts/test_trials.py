@@ -15,6 +15,7 @@ LAMBDAS = {
     "Strong": (0.1, 0.1),
     "PaperIFD": (0.015, 0.015),
     "Warm": (0.015 * 0.0067379, 0.015 * 0.0067379),  # exp(-5) at the start
+    "Unit": (0.015, 0.015),
 }
 # After a fifth of the training, which is half of the default ramp: 10 exp(-5 / 4).
 HALF_WAY = 2.8650480
@@ -68,6 +69,7 @@ def test_variant_of_mean_teacher(variant, started):
     outputs = trainer.train_step(batch)
     assert outputs["consistency_weight"] == pytest.approx(CONSISTENCY_WEIGHTS[variant], rel=1e-4)
     assert trainer.ema_decay == (0.999 if variant == "Slow" else 0.99)
-    assert (len(batch["data_weak"]) == 16) == (variant == "Double")
+    labeled = len(batch["data"]) - len(batch["data_weak"])
+    assert len(batch["data_weak"]) == labeled * (2 if variant == "Double" else 1)
     seen = batch["data"][-len(batch["data_weak"]) :]
     assert torch.equal(seen, batch["data_weak"]) == (variant == "OneView")
