@@ -29,20 +29,26 @@ class nnUNetTrainerMeanTeacherWeight100(MeanTeacher, nnUNetTrainer):
     consistency_weight = 100.0
 
 
+class nnUNetTrainerMeanTeacherWeight1000(MeanTeacher, nnUNetTrainer):
+    """Ten thousand times the published weight."""
+
+    consistency_weight = 1000.0
+
+
 class nnUNetTrainerMeanTeacherNoRamp(nnUNetTrainerMeanTeacherWeight10):
     """Weight 10 from the second step on."""
 
     ramp_up_length = 1e-9
 
 
-class nnUNetTrainerMeanTeacherLongRamp(nnUNetTrainerMeanTeacherWeight10):
-    """Weight 10, reached at the end of the training, as published."""
+class nnUNetTrainerMeanTeacherLongRamp(nnUNetTrainerMeanTeacherWeight100):
+    """Weight 100, reached at the end of the training, as published."""
 
     ramp_up_length = 1.0
 
 
-class nnUNetTrainerMeanTeacherSlow(nnUNetTrainerMeanTeacherWeight10):
-    """Weight 10, a teacher that follows ten times as slowly."""
+class nnUNetTrainerMeanTeacherSlow(nnUNetTrainerMeanTeacherWeight100):
+    """Weight 100, a teacher that follows ten times as slowly."""
 
     ema_decay = 0.999
 
@@ -55,8 +61,8 @@ class nnUNetTrainerMeanTeacherOneView(nnUNetTrainerMeanTeacherWeight10):
         return super().optimise(batch)
 
 
-class nnUNetTrainerMeanTeacherDouble(nnUNetTrainerMeanTeacherWeight10):
-    """Weight 10, two unlabelled samples for each labelled one."""
+class nnUNetTrainerMeanTeacherDouble(nnUNetTrainerMeanTeacherWeight100):
+    """Weight 100, two unlabelled samples for each labelled one."""
 
     def initialize(self) -> None:
         self.unlabeled_batch_size = 2 * self.configuration_manager.batch_size

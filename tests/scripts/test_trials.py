@@ -24,11 +24,12 @@ CONSISTENCY_WEIGHTS = {
     "Weight1": HALF_WAY / 10,
     "Weight10": HALF_WAY,
     "Weight100": HALF_WAY * 10,
+    "Weight1000": HALF_WAY * 100,
     "NoRamp": 10,
-    "LongRamp": 10 * 0.0407622,  # exp(-5 * 0.8^2)
-    "Slow": HALF_WAY,
+    "LongRamp": 100 * 0.0407622,  # exp(-5 * 0.8^2)
+    "Slow": HALF_WAY * 10,
     "OneView": HALF_WAY,
-    "Double": HALF_WAY,
+    "Double": HALF_WAY * 10,
 }
 
 
