@@ -45,7 +45,7 @@ def execute(runs: list[Run]) -> int:
                 failure = run.execute(progress.update)
             except Exception as error:  # of whatever kind, the other runs go on
                 failure = str(error) if isinstance(error, FAILURES) else f"{type(error).__name__}: {error}"
-                if is_full_disk(error):
+                if is_full_disk(error, run.folder):
                     tqdm.write(f"No space left on device: {error}", file=sys.stderr)
                     tqdm.write("Make room and start again: finished runs are kept.", file=sys.stderr)
                     return 1
@@ -94,12 +94,15 @@ def chosen_runs(protocol: Protocol, arguments: argparse.Namespace) -> list[Run]:
     """The runs of the command line, everything prepared for them.
 
     Raises:
-        ValueError: the device or a fold is not there, or a run was begun in another setting.
+        ValueError: the device or a fold is not there, a protocol with a split of its own shall train on another, or
+            the runs that are there were made in another setting.
     """
     device = arguments.device or protocol.device
     if device == "cuda" and not torch.cuda.is_available() and not arguments.jobs:
         raise ValueError("there is no GPU here; -device cpu trains without, or --jobs prints commands for elsewhere")
     folds = protocol.prepare(arguments.o / "preparation.txt")
+    if protocol.split and arguments.f and set(arguments.f) != set(folds):
+        raise ValueError(f"-f: {protocol.name} has a split of its own, which is fold {folds[0]} here")
     runs = [
         Run(protocol, trainer, fold, repetition, arguments.o.resolve(), device)
         for repetition in ([arguments.only] if arguments.only else range(1, arguments.repetitions + 1))
@@ -140,8 +143,8 @@ def main() -> int:
         parser.error(
             "a protocol has its own configuration, plans and length: -c, -p, --epochs, --iterations are not for it"
         )
-    arguments.o.mkdir(parents=True, exist_ok=True)
     try:
+        arguments.o.mkdir(parents=True, exist_ok=True)
         runs = chosen_runs(chosen_protocol(arguments), arguments)
     except FAILURES as error:
         parser.error(str(error))

@@ -21,7 +21,11 @@ POLL_SECONDS = 0.2
 
 
 class ExitStatusError(RuntimeError):
-    """A command ended with an error; the message has the end of what it printed."""
+    """A command ended with an error; the message has the end of what it printed, `printed` all of it."""
+
+    def __init__(self, message: str, printed: str) -> None:
+        super().__init__(message)
+        self.printed = printed
 
 
 def call(
@@ -72,14 +76,14 @@ def call(
                         on_line(line)
         finally:
             kill_group(process.pid)
+            process.kill()  # where there are no groups, as on Windows
             process.wait()
         written.seek(begin)
         printed = written.read().decode(errors="replace")
     if process.returncode != 0:
         end = "\n".join(printed.splitlines()[-15:])
-        raise ExitStatusError(
-            f"{shlex.join(command)} failed with status {process.returncode}; the end of {log}:\n{end}"
-        )
+        message = f"{shlex.join(command)} failed with status {process.returncode}; the end of {log}:\n{end}"
+        raise ExitStatusError(message, printed)
     return printed
 
 
@@ -107,7 +111,9 @@ def _complete_lines(written: BinaryIO, wait: bool) -> Iterator[str]:
 
 
 def kill_group(group: int) -> None:
-    """Ends the processes of a group at once, if there are any."""
+    """Ends the processes of a group at once, if there are any, and if the system knows groups."""
+    if not hasattr(os, "killpg"):
+        return
     with contextlib.suppress(ProcessLookupError, PermissionError):  # the latter of a zombie on macOS
         os.killpg(group, signal.SIGKILL)
 

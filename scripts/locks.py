@@ -63,6 +63,7 @@ def _wait_for_what_was_left_behind(file: Path) -> None:
 def _is_running(process: int, created: float) -> bool:
     try:
         found = psutil.Process(process)
-        return found.create_time() == created and found.status() != psutil.STATUS_ZOMBIE
+        # The time of a process's birth moves with the system's clock.
+        return abs(found.create_time() - created) < 5 and found.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

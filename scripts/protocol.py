@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
 from commands import add_configuration, call
-from locks import locked
+from locks import Lock, locked
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
@@ -71,34 +72,58 @@ class Protocol:
         """Makes what is missing of plans, configuration, preprocessed cases and folds; returns the folds.
 
         Raises:
-            ValueError: neither the raw nor the preprocessed data set is there, or the plans have another configuration
-                of that name.
+            ValueError: neither the raw nor the preprocessed data set is there, the plans have another configuration of
+                that name, or a preprocessed folder lacks cases that nobody was making.
             ExitStatusError: one of nnU-Net's commands failed.
         """
         self._require_data_set()
-        with locked(self.folder.with_name(f"{self.dataset}.lock")):  # another protocol may need the same files
-            self._plan(log)
+        with locked(self.folder.with_name(f"{self.dataset}.lock")) as lock:  # another protocol may need the same files
+            self._plan(log, lock)
             folds, file = folds_of(self.folder), self.folder / "splits_final.json"
             if not file.is_file():  # else the first training would write it, and change its own setting
                 with replacing(file) as part:
                     save_json(folds, part)
             return self.folds if self.split is None else [self._fold(folds)]
 
-    def _plan(self, log: Path) -> None:
-        number = str(int(self.dataset[7:10]))  # nnU-Net's commands before the training take no names
+    def _plan(self, log: Path, lock: Lock) -> None:
+        def nnunet(command: str, *options: str) -> None:
+            number = str(int(self.dataset[7:10]))  # nnU-Net's commands before the training take no names
+            call(command, "-d", number, *options, log=log, on_start=lock.works_under_it)
+
         if not (self.folder / "dataset_fingerprint.json").is_file():
-            call("nnUNetv2_extract_fingerprint", "-d", number, log=log)
+            nnunet("nnUNetv2_extract_fingerprint")
         plans = self.folder / f"{self.plans}.json"
         if not plans.is_file():
             spacing = ["-overwrite_target_spacing", *map(str, self.spacing)] if self.spacing else []
-            call("nnUNetv2_plan_experiment", "-d", number, *spacing, "-overwrite_plans_name", self.plans, log=log)
+            nnunet("nnUNetv2_plan_experiment", *spacing, "-overwrite_plans_name", self.plans)
         base = self.base or self.configuration
         if base not in (configurations := read_json(plans)["configurations"]):
             raise ValueError(f"{plans} has no configuration {base}; it has {', '.join(configurations)}")
         if self.base:
             add_configuration(plans, self.configuration, self.base, self.settings, self.architecture)
-        if not self.is_preprocessed():
-            call("nnUNetv2_preprocess", "-d", number, "-plans_name", self.plans, "-c", base, log=log)
+        self._preprocess(base, nnunet)
+
+    def _preprocess(self, configuration: str, nnunet: Callable[..., None]) -> None:
+        """Preprocesses unless all cases are there, each with an image and a whole label: an interruption or a full disk
+        leaves others."""
+        raw, labels = self._raw_labels(), self._labels()
+        half = {case for case in labels.keys() & raw if labels[case].stat().st_size != raw[case].stat().st_size}
+        folder = self.folder / self._planned().data_identifier
+        there = {file.stem for file in folder.glob("*.pkl")} & labels.keys()
+        unfinished = sorted((labels.keys() | raw.keys()) - (there - half))
+        if not unfinished:
+            return
+        begun = self.folder / f"{folder.name}.preprocessing"
+        if folder.is_dir() and not begun.is_file():  # nnU-Net deletes it first, and it may be in use
+            raise ValueError(
+                f"{folder} or gt_segmentations beside it lacks {', '.join(unfinished[:3])} (of {len(unfinished)}). Run "
+                f"nnUNetv2_preprocess, which makes that folder anew, or take them out of {self.raw}"
+            )
+        begun.touch()
+        for case in half:  # nnU-Net would keep the label, since it is newer than the raw one
+            labels[case].unlink()
+        nnunet("nnUNetv2_preprocess", "-plans_name", self.plans, "-c", configuration)
+        begun.unlink()
 
     def _require_data_set(self) -> None:
         for name in ("nnUNet_raw", "nnUNet_preprocessed"):
@@ -107,32 +132,33 @@ class Protocol:
         if not self.raw.is_dir() and not self.folder.is_dir():
             raise ValueError(f"{self.raw} does not exist: put the raw data set there, in nnU-Net's format")
 
-    def is_preprocessed(self) -> bool:
-        """Whether every case is there with its labels: an interrupted preprocessing leaves folders that lack some."""
-        folder, labels = self.folder / self._planned().data_identifier, self.folder / "gt_segmentations"
-        if not labels.is_dir():
-            return False
-        cases = set(labeled_cases(self.folder))
-        if self.raw.is_dir():
-            cases |= set(get_filenames_of_train_images_and_targets(str(self.raw)))
+    def _labels(self) -> dict[str, Path]:
+        """The label files of the preprocessed data set."""
         ending = read_json(self.folder / "dataset.json")["file_ending"]
-        return all((folder / f"{case}.pkl").is_file() and (labels / f"{case}{ending}").is_file() for case in cases)
+        files = (self.folder / "gt_segmentations").glob(f"*{ending}")
+        return {file.name.removesuffix(ending): file for file in files}
+
+    def _raw_labels(self) -> dict[str, Path]:
+        """The label files of the raw data set; none where that is not at hand."""
+        cases = get_filenames_of_train_images_and_targets(str(self.raw)) if self.raw.is_dir() else {}
+        return {case: Path(files["label"]) for case, files in cases.items()}
 
     def setting(self, fold: int) -> dict:
-        """What decides about a run's result besides the trainer: a run made in another setting is another run.
+        """What decides about a run's result besides the trainer, the same for all trainers.
 
         Raises:
             ValueError: there is no such fold.
         """
-        folds = folds_of(self.folder)
-        if not fold < len(folds):
+        planned, folds = self._planned(), folds_of(self.folder)
+        if not 0 <= fold < len(folds):
             raise ValueError(f"{self.folder / 'splits_final.json'} has no fold {fold}; it has 0 to {len(folds) - 1}")
         return {
             "dataset": self.dataset,
             "epochs": self.epochs,
             "iterations": self.iterations,
-            "configuration": self._planned().configuration,
+            "configuration": planned.configuration,
             "cases": folds[fold],
+            "unlabeled": sorted(file.stem for file in self.folder.glob(f"{planned.data_identifier}_unlabeled/*.pkl")),
         }
 
     def _planned(self) -> ConfigurationManager:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import re
 import shlex
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable
@@ -29,6 +31,15 @@ from nnunetv2_selfreg.data.datasets import read_json
 from nnunetv2_selfreg.files import replacing
 
 PACKAGES = ("nnunetv2", "nnunetv2-selfreg", "torch", "monai")
+LITTLE_ROOM = 2**24  # bytes, less than any checkpoint
+CURVES = (
+    "train_losses",
+    "val_losses",
+    "mean_fg_dice",
+    "dice_per_class_or_region",
+    "epoch_start_timestamps",
+    "epoch_end_timestamps",
+)
 # What nnU-Net and torch, which tells only that a write failed, say of it.
 FULL_DISK = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing", "unexpected pos")
 
@@ -54,25 +65,25 @@ class Run:
         return (self.folder / "result.json").is_file()
 
     def check_setting(self) -> None:
-        """Notes the setting of a new run.
+        """Notes the setting of a first run, which all others of the protocol and fold must share.
 
         Raises:
-            ValueError: the run was begun in another setting, so it cannot stand beside the others, or there is no such
-                fold.
+            ValueError: this one would be made in another setting, so it could not stand beside the others, or there is
+                no such fold.
         """
-        file, setting = self.folder / "setting.json", {**self.protocol.setting(self.fold), "device": self.device}
-        if file.is_file():
-            before = read_json(file)
-            different = [name for name in setting if before.get(name) != setting[name]]
-            if different:
-                raise ValueError(
-                    f"{file} says that this run was begun with other {', '.join(different)}. Take another -o, or "
-                    f"remove {self.folder}"
-                )
-            return
+        file = self.folder.with_name(f"setting-fold{self.fold}.json")
+        setting = {**self.protocol.setting(self.fold), "device": self.device}
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as part:
-            save_json(setting, part, sort_keys=False)
+        if not file.is_file():
+            with replacing(file) as part:
+                save_json(setting, part, sort_keys=False)
+        before = read_json(file)
+        different = [name for name in setting if before.get(name) != setting[name]]
+        if different:
+            raise ValueError(
+                f"{file} says that the runs beside it were made with other {', '.join(different)}. Take another -o, or "
+                f"remove {file.parent}"
+            )
 
     @property
     def model(self) -> list[str]:
@@ -105,7 +116,7 @@ class Run:
                 measured = self.train(on_epoch, lock)
                 failure = divergence(measured["curves"]["train_losses"])
             except ExitStatusError as error:
-                measured, failure = {}, reported_divergence(str(error))
+                measured, failure = {}, reported_divergence(error.printed)
                 if failure is None:
                     raise
             if failure is None:
@@ -148,7 +159,7 @@ class Run:
         checkpoint = torch.load(self.results / "checkpoint_final.pth", map_location="cpu", weights_only=False)
         # A decoder holds its encoder, so some tensors have two names.
         tensors = {tensor.data_ptr(): tensor.numel() for tensor in checkpoint["network_weights"].values()}
-        curves = {name: [as_plain(value) for value in values] for name, values in checkpoint["logging"].items()}
+        curves = {name: np.round(checkpoint["logging"][name], 4).tolist() for name in CURVES}
         return {"parameters": sum(tensors.values()), "curves": curves}
 
     def about(self) -> dict:
@@ -164,7 +175,7 @@ class Run:
             "validation": str(self.results.relative_to(self.folder) / "validation"),
             "command": shlex.join(self.command),
             "machine": machine(self.device),
-            "versions": {package: version(package) for package in PACKAGES},
+            "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         }
 
 
@@ -204,9 +215,11 @@ def reported_divergence(output: str) -> str | None:
     return f"it diverged: {lines[-1]}" if lines else None
 
 
-def is_full_disk(error: Exception) -> bool:
-    """Whether a disk had no room, for this process or for a command that it called."""
-    return any(phrase in str(error) for phrase in FULL_DISK)
+def is_full_disk(error: Exception, folder: Path) -> bool:
+    """Whether `folder` has no room, for this process or for a command that it called and whose output is in there: what
+    the command said of it may not have had room either."""
+    said = error.printed if isinstance(error, ExitStatusError) else str(error)
+    return any(phrase in said for phrase in FULL_DISK) or shutil.disk_usage(folder).free < LITTLE_ROOM
 
 
 def remove_broken_checkpoints(folder: Path) -> None:
@@ -222,8 +235,3 @@ def prediction_seconds(printed: str) -> float | None:
     stamps = re.findall(r"^(\S+ [\d:.]+): predicting ", printed, re.MULTILINE)
     times = [datetime.fromisoformat(stamp).timestamp() for stamp in stamps]
     return float(np.median(np.diff(times))) if len(times) > 1 else None
-
-
-def as_plain(value):
-    """A logged value as JSON has it."""
-    return [float(v) for v in value] if isinstance(value, (list, tuple, np.ndarray)) else float(value)

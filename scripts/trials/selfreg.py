@@ -2,6 +2,8 @@
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunetv2_selfreg.features import FeatureTaps
+from nnunetv2_selfreg.losses import SelfRegularizedLoss
 from nnunetv2_selfreg.losses.consistency import gaussian_ramp_up
 from nnunetv2_selfreg.training.selfreg import SelfRegularized
 
@@ -44,3 +46,25 @@ class nnUNetTrainerSelfRegWarm(SelfRegularized, nnUNetTrainer):
         super().on_train_epoch_start()
         ramp = gaussian_ramp_up(self.current_epoch / self.num_epochs, 0.4)
         self.loss.lambda_scr, self.loss.lambda_ifd = self.lambda_scr * ramp, self.lambda_ifd * ramp
+
+
+class LossOfUnitFeatures(SelfRegularizedLoss):
+    """The terms of feature maps that are divided by their root mean square, which gets no gradient."""
+
+    def _scr(self, features, final):
+        return super()._scr([_unit(feature) for feature in features], _unit(final))
+
+    def _ifd(self, features):
+        return super()._ifd([_unit(feature) for feature in features])
+
+
+class nnUNetTrainerSelfRegUnit(SelfRegularized, nnUNetTrainer):
+    """Every feature map on the same scale."""
+
+    def _build_loss(self):
+        loss = nnUNetTrainer._build_loss(self)
+        return LossOfUnitFeatures(loss, FeatureTaps(self.network), self.lambda_scr, self.lambda_ifd)
+
+
+def _unit(feature):
+    return feature / feature.detach().square().mean().sqrt()

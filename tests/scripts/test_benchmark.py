@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
-from run import Memory, prediction_seconds, remove_broken_checkpoints
+from run import Memory, is_full_disk, prediction_seconds, remove_broken_checkpoints, reported_divergence
 
 TRAINERS_THAT_FAIL = """
 import time
@@ -197,7 +197,6 @@ def test_killed_benchmark_then_killed_training_with_workers(protocol, failing_tr
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
     curves = load_json(str(folder / "result.json"))["curves"]
     assert len(curves["train_losses"]) == 4
-    assert curves["epoch_start_timestamps"][0] < (folder / "log.txt").stat().st_mtime
     assert (folder / "log.txt").read_text().count("Epoch 0") == 1
     assert (folder / "lock").read_text() == ""
 
@@ -270,15 +269,50 @@ def test_prediction_time_is_the_median_between_cases():
     assert prediction_seconds(stamp.format(1)) is None
 
 
-def test_run_of_another_setting_is_refused(protocol, monkeypatch, capsys):
-    assert run(monkeypatch, protocol, "--jobs") == 0
+def change_a_protocol(protocol):
     content = load_json(str(protocol / "protocols" / "tiny.json"))
     content["scales"]["cpu"]["iterations"] = 7
     save_json(content, str(protocol / "protocols" / "tiny.json"))
+    return "iterations"
+
+
+def change_the_plan(protocol):
+    (file,) = protocol.glob("preprocessed/*/nnUNetPlans.json")
+    plans = load_json(str(file))
+    plans["configurations"]["3d_fullres"]["spacing"] = [7.0, 7.0, 7.0]
+    save_json(plans, str(file))
+    return "configuration"
+
+
+def add_an_unlabeled_case(protocol):
+    folder = next(protocol.glob("preprocessed/*/nnUNetPlans_3d_fullres"))
+    other = folder.with_name(f"{folder.name}_unlabeled")
+    other.mkdir(exist_ok=True)
+    (other / "new.pkl").touch()
+    return "unlabeled"
+
+
+@pytest.mark.parametrize("change", [change_a_protocol, change_the_plan, add_an_unlabeled_case])
+def test_runs_that_would_differ_in_more_than_the_trainer_are_refused(change, protocol, monkeypatch, capsys):
+    assert run(monkeypatch, protocol, "-tr", "nnUNetTrainer", "--jobs") == 0
+    name = change(protocol)
     with pytest.raises(SystemExit, match="2"):
-        run(monkeypatch, protocol)
+        run(monkeypatch, protocol, "-tr", "nnUNetTrainerSelfReg", "--jobs")
     error = capsys.readouterr().err
-    assert "setting.json says that this run was begun with other iterations. Take another -o" in error
+    assert f"setting-fold2.json says that the runs beside it were made with other {name}. Take another -o" in error
+
+
+def test_full_disk_on_which_the_message_had_no_room_either(tmp_path, monkeypatch):
+    error = commands.ExitStatusError("failed", "OSError: [Errno 28] No space le")
+    assert not is_full_disk(error, tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
+    assert is_full_disk(error, tmp_path)
+
+
+def test_divergence_is_found_above_whatever_was_printed_later():
+    output = "FloatingPointError: loss is nan\n" + "a worker ended\n" * 30
+    assert reported_divergence(output) == "it diverged: FloatingPointError: loss is nan"
+    assert reported_divergence("a worker ended") is None
 
 
 def test_broken_checkpoints_are_removed_and_whole_ones_kept(tmp_path):
@@ -290,14 +324,38 @@ def test_broken_checkpoints_are_removed_and_whole_ones_kept(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint_best.pth"]
 
 
-@pytest.mark.parametrize("lost", ["nnUNetPlans_3d_fullres/{}.pkl", "gt_segmentations/{}.nii.gz"])
-def test_interrupted_preprocessing_is_noticed(lost, protocol, tmp_path):
+def test_half_preprocessed_folder_is_made_anew_only_if_it_was_begun_here(protocol, tmp_path):
     tiny = protocols.Protocol.load("tiny", "cpu")
+    folder = tiny.folder / "nnUNetPlans_3d_fullres"
+    first, second = load_json(str(tiny.folder / "splits_final.json"))[0]["val"]
+    images, label = folder / f"{first}.pkl", tiny.folder / "gt_segmentations" / f"{second}.nii.gz"
+    whole = label.read_bytes()
+    images.unlink()
+    os.truncate(label, 10)
+    with pytest.raises(ValueError, match=rf"lacks {first}, {second} \(of 2\). Run nnUNetv2_preprocess"):
+        tiny.prepare(tmp_path / "log.txt")
+    begun = tiny.folder / f"{folder.name}.preprocessing"
+    begun.touch()
     tiny.prepare(tmp_path / "log.txt")
-    assert tiny.is_preprocessed()
-    case = load_json(str(tiny.folder / "splits_final.json"))[0]["val"][0]
-    (tiny.folder / lost.format(case)).unlink()
-    assert not tiny.is_preprocessed()
+    assert images.is_file()
+    assert label.read_bytes() == whole
+    assert not begun.exists()
+
+
+def test_killed_preparation_is_waited_for(protocol, monkeypatch):
+    monkeypatch.setenv("nnUNet_preprocessed", str(protocol / "new"))
+    (protocol / "new").mkdir()
+    script = f"import pathlib, protocol; protocol.PROTOCOLS = pathlib.Path({str(protocol / 'protocols')!r})\n"
+    script += f"protocol.Protocol.load('tiny', 'cpu').prepare(pathlib.Path({str(protocol / 'log.txt')!r}))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(benchmark.__file__).parent)}
+    start = [sys.executable, "-c", script]
+    first = subprocess.Popen(start, env=environment)
+    wait_until(lambda: any(file.read_text() for file in (protocol / "new").glob("*.lock")))
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    with subprocess.Popen(start, env=environment, stderr=subprocess.PIPE, text=True) as second:
+        wait_until(lambda: "was left behind and still works" in second.stderr.readline())
+        second.terminate()
 
 
 def test_any_preprocessed_data_set_without_a_protocol(protocol, monkeypatch, capsys):
@@ -339,21 +397,32 @@ def test_jobs_are_one_command_for_each_unfinished_run(protocol, monkeypatch, cap
         (["nothing"], "there is no protocol nothing; there are tiny"),
         (["tiny", "--scale", "x"], "has no scale x; it has cpu"),
         (["tiny", "-d", "99"], "-d 99: Could not find a dataset with the ID 99"),
-        (["tiny", "-f", "9"], "splits_final.json has no fold 9; it has 0 to 2"),
-        (["tiny", "-device", "cuda"], "there is no GPU here"),
+        (["tiny", "-f", "0"], "-f: tiny-cpu has a split of its own, which is fold 2 here"),
+        (
+            ["-d", "NAME", "-c", "3d_fullres", "-f", "9", "-device", "cpu"],
+            "splits_final.json has no fold 9; it has 0 to 1",
+        ),
+        (["-d", "NAME", "-c", "3d_fullres", "-f", "-1", "-device", "cpu"], "splits_final.json has no fold -1"),
+        (["tiny", "-o", "/dev/null/runs"], "Not a directory"),
         (["tiny", "-c", "2d"], "has its own configuration"),
         (["tiny", "--repetitions", "0"], "0 is not at least 1"),
         (["-c", "2d"], "name a protocol (tiny), or a data set"),
         (["-d", "NAME", "-c", "unknown", "-device", "cpu"], "nnUNetPlans.json has no configuration unknown; it has"),
     ],
 )
-@pytest.mark.skipif(torch.cuda.is_available(), reason="one of the errors is that there is no GPU")
 def test_wrong_options_are_one_line_that_names_what_there_is(options, reason, protocol, monkeypatch, capsys):
     (data_set,) = (protocol / "preprocessed").glob("*/")
     options = [data_set.name if option == "NAME" else option for option in options]
     with pytest.raises(SystemExit, match="2"):
-        main(monkeypatch, *options, "-o", str(protocol / "runs"))
+        main(monkeypatch, "-o", str(protocol / "runs"), *options)
     assert reason in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(protocol, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, protocol, "-device", "cuda")
+    assert "there is no GPU here" in capsys.readouterr().err
 
 
 def test_configuration_of_another_content_is_left_alone(protocol, monkeypatch, capsys):

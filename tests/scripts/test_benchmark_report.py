@@ -29,6 +29,7 @@ def runs(tmp_path):
         columns = ["case", "class", "dice", "jaccard", "hd95_mm", "asd_mm"]
         pd.DataFrame(rows, columns=columns).to_csv(run / "metrics.csv", index=False)
         start = list(range(0, 40, 10))
+        learned = [[0.1 * epoch * repetition] for epoch in range(1, 5)]
         times = {"epoch_start_timestamps": start, "epoch_end_timestamps": [t + repetition for t in start]}
         result = {
             "protocol": "tiny-cpu",
@@ -36,7 +37,7 @@ def runs(tmp_path):
             "fold": 5,
             "repetition": repetition,
             "parameters": 1_500_000,
-            "curves": {"mean_fg_dice": [0.1, 0.2, 0.3, 0.4], **times},
+            "curves": {"mean_fg_dice": [0.1, 0.2, 0.3, 0.4], "dice_per_class_or_region": learned, **times},
             "machine": "2 cores",
             "versions": {"torch": "2.15.0"},
             "command": f"nnUNetv2_train {trainer}",
@@ -106,6 +107,25 @@ def test_spread_is_over_repetitions_not_over_folds():
     assert (dice["mean"], dice["std"], dice["count"]) == (75, 0, 2)
 
 
+def test_repetition_that_lacks_a_fold_is_named_and_no_part_of_the_spread(runs):
+    folds = {1: (0, 1), 2: (0, 1), 3: (0,)}
+    cases = table(
+        {("nnUNetTrainer", fold, rep, f"{fold}", "a"): 90 - 20 * fold for rep in folds for fold in folds[rep]}
+    )
+    assert benchmark_report.incomplete_repetitions(cases) == [("nnUNetTrainer", 3)]
+    dice = benchmark_report.summary(cases).loc[("nnUNetTrainer", "a"), "dice"]
+    assert (dice["mean"], dice["std"], dice["count"]) == (80, 0, 2)
+    _, results = benchmark_report.read_runs(runs)
+    report = benchmark_report.markdown(cases, pd.DataFrame(), results)
+    assert "Repetition 3 of nnUNetTrainer lacks folds and is not in the first table." in report
+
+
+def test_first_epoch_in_which_every_class_is_learned():
+    assert benchmark_report.first_epoch_with([[0.9, 0.6], [0.7, 0.7], [0.8, 0.8]]) == 2
+    assert np.isnan(benchmark_report.first_epoch_with([[0.9, 0.6]]))
+    assert np.isnan(benchmark_report.first_epoch_with([]))
+
+
 def test_only_pairs_that_both_sides_have_in_every_repetition_count():
     """`b` is nowhere in case 1; one repetition of one trainer sees it there all the same."""
     values = {("nnUNetTrainer", 0, rep, case, label): 80.0 for rep in (1, 2) for case in "12" for label in "ab"}
@@ -154,8 +174,8 @@ def test_costs_are_medians_over_runs(runs):
     cases, results = benchmark_report.read_runs(runs)
     lines = benchmark_report.markdown(cases, benchmark_report.difference_rows(cases), results).splitlines()
     # 4 epochs of 1 s and of 2 s; 1.5 million parameters
-    assert "| nnUNetTrainer | 1.5 | 0.15 | 0.1 | 1500 | 3 |" in lines
-    assert "| nnUNetTrainerMine | 1.5 | – | 0.0667 | – | – |" in lines
+    assert "| nnUNetTrainer | 1.5 | 0.15 | 0.1 | 1500 | 3 | 4 |" in lines
+    assert "| nnUNetTrainerMine | 1.5 | – | 0.0667 | – | – | – |" in lines
 
 
 def test_contours_of_the_best_the_median_and_the_worst_case(runs, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from workspace import Run
 
 FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "trials"
@@ -14,16 +15,41 @@ LAMBDAS = {
     "Strong": (0.1, 0.1),
     "PaperIFD": (0.015, 0.015),
     "Warm": (0.015 * 0.0067379, 0.015 * 0.0067379),  # exp(-5) at the start
+    "Unit": (0.015, 0.015),
+}
+# After a fifth of the training, which is half of the default ramp: 10 exp(-5 / 4).
+HALF_WAY = 2.8650480
+CONSISTENCY_WEIGHTS = {
+    "Weight0": 0,
+    "Weight1": HALF_WAY / 10,
+    "Weight10": HALF_WAY,
+    "Weight100": HALF_WAY * 10,
+    "Weight1000": HALF_WAY * 100,
+    "NoRamp": 10,
+    "LongRamp": 100 * 0.0407622,  # exp(-5 * 0.8^2)
+    "Slow": HALF_WAY * 10,
+    "OneView": HALF_WAY,
+    "Double": HALF_WAY * 10,
 }
 
 
+@pytest.fixture
+def started(data_sets, tmp_path, monkeypatch):
+    """A variant of a trainer, built by nnU-Net and ready for its first step."""
+
+    def start(name: str):
+        monkeypatch.setenv("nnUNet_results", str(tmp_path))
+        monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([os.environ["nnUNet_extTrainer"], str(FOLDER)]))
+        trainer = Run(data_sets.name("labels"), "2d", name).build()
+        trainer.on_train_start()
+        return trainer
+
+    return start
+
+
 @pytest.mark.parametrize("variant", LAMBDAS)
-def test_variant_of_selfreg(variant, data_sets, tmp_path, monkeypatch):
-    monkeypatch.setenv("nnUNet_results", str(tmp_path))
-    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([os.environ["nnUNet_extTrainer"], str(FOLDER)]))
-    name = f"nnUNetTrainerSelfReg{variant}"
-    trainer = Run(data_sets.name("labels"), "2d", name).build()
-    trainer.on_train_start()
+def test_variant_of_selfreg(variant, started):
+    trainer = started(f"nnUNetTrainerSelfReg{variant}")
     trainer.on_train_epoch_start()
     outputs = trainer.train_step(next(trainer.dataloader_train))
     lambdas = LAMBDAS[variant]
@@ -33,3 +59,18 @@ def test_variant_of_selfreg(variant, data_sets, tmp_path, monkeypatch):
     assert (trainer.loss.ifd_order, trainer.loss.ifd_stop_gradient) == (
         ("index", True) if variant == "PaperIFD" else ("activation", False)
     )
+
+
+@pytest.mark.parametrize("variant", CONSISTENCY_WEIGHTS)
+def test_variant_of_mean_teacher(variant, started):
+    trainer = started(f"nnUNetTrainerMeanTeacher{variant}")
+    trainer.current_epoch = trainer.num_epochs // 5
+    trainer.on_train_epoch_start()
+    batch = next(trainer.dataloader_train)
+    outputs = trainer.train_step(batch)
+    assert outputs["consistency_weight"] == pytest.approx(CONSISTENCY_WEIGHTS[variant], rel=1e-4)
+    assert trainer.ema_decay == (0.999 if variant == "Slow" else 0.99)
+    labeled = len(batch["data"]) - len(batch["data_weak"])
+    assert len(batch["data_weak"]) == labeled * (2 if variant == "Double" else 1)
+    seen = batch["data"][-len(batch["data_weak"]) :]
+    assert torch.equal(seen, batch["data_weak"]) == (variant == "OneView")
