@@ -52,6 +52,10 @@ class SemiSupervised(ReliableTraining):
         """
         raise NotImplementedError
 
+    def student_batch(self, batch: dict) -> dict:
+        """The batch whose `data` the network sees; here as the loader made it."""
+        return batch
+
     def after_step(self) -> None:
         """Called after the optimiser."""
 
@@ -64,8 +68,12 @@ class SemiSupervised(ReliableTraining):
     @property
     def ramp(self) -> float:
         """Weight of the unlabelled term at this step, see :func:`gaussian_ramp_up`."""
-        done = self.current_epoch + self._steps_in_epoch / self.num_iterations_per_epoch
-        return gaussian_ramp_up(done / self.num_epochs, self.ramp_up_length)
+        return gaussian_ramp_up(self.progress, self.ramp_up_length)
+
+    @property
+    def progress(self) -> float:
+        """The share of the training that is done."""
+        return (self.current_epoch + self._steps_in_epoch / self.num_iterations_per_epoch) / self.num_epochs
 
     def initialize(self) -> None:
         if self.is_cascaded:
@@ -91,6 +99,7 @@ class SemiSupervised(ReliableTraining):
         for _, optimizer in trained:
             optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
+            batch = self.student_batch(batch)
             output = self.network(batch["data"])
             output = output if isinstance(output, (list, tuple)) else [output]
             loss = self.semi_supervised_loss(output, batch["target"], batch)

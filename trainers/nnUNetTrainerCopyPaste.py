@@ -1,0 +1,12 @@
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunetv2_selfreg.training.copy_paste import CopyPaste
+from nnunetv2_selfreg.training.selfreg import SelfRegularized
+
+
+class nnUNetTrainerCopyPaste(CopyPaste, nnUNetTrainer):
+    """Semi-supervised: labelled and unlabelled patches pasted into one another, labelled by a teacher (BCP, CVPR 2023)."""
+
+
+class nnUNetTrainerSelfRegCopyPaste(SelfRegularized, nnUNetTrainerCopyPaste):
+    """Copy-paste, the student regularised by its own last decoder block."""
