@@ -53,6 +53,8 @@ def main() -> None:
 
     torch.set_flush_denormal(True)  # on a CPU denormals would drown the result
     torch.backends.cudnn.benchmark = True  # as nnUNetv2_train does
+    # Trainers of one process would share compiled code that knows nothing of the others' hooks.
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
     with tempfile.TemporaryDirectory() as results:
         os.environ["nnUNet_results"] = results  # a trainer writes a log file as soon as it exists
         trainers = {name: build(name, arguments) for name in arguments.tr}
