@@ -61,6 +61,23 @@ def test_variant_of_selfreg(variant, started):
     )
 
 
+def test_terms_of_unit_features_do_not_depend_on_their_scale(started):
+    trainer = started("nnUNetTrainerSelfRegUnit")
+    batch = next(trainer.dataloader_train)
+
+    def terms():
+        torch.manual_seed(0)  # of the channels that are compared
+        trainer.loss(trainer.network(batch["data"]), batch["target"])
+        return torch.stack([trainer.loss.terms[name] for name in ("scr", "ifd")])
+
+    before = terms()
+    for module in trainer.network.modules():
+        if isinstance(module, torch.nn.modules.instancenorm._InstanceNorm):
+            module.weight.data *= 10
+            module.bias.data *= 10
+    torch.testing.assert_close(terms(), before, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("variant", CONSISTENCY_WEIGHTS)
 def test_variant_of_mean_teacher(variant, started):
     trainer = started(f"nnUNetTrainerMeanTeacher{variant}")
