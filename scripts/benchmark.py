@@ -24,7 +24,7 @@ import torch
 from commands import ExitStatusError
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from protocol import Protocol, protocol_names
-from run import Run, is_full_disk
+from run import Run, check_setting, is_full_disk
 from tqdm import tqdm
 
 from nnunetv2_selfreg.errors import CommandError
@@ -103,15 +103,15 @@ def chosen_runs(protocol: Protocol, arguments: argparse.Namespace) -> list[Run]:
     folds = protocol.prepare(arguments.o / "preparation.txt")
     if protocol.split and arguments.f and set(arguments.f) != set(folds):
         raise ValueError(f"-f: {protocol.name} has a split of its own, which is fold {folds[0]} here")
-    runs = [
-        Run(protocol, trainer, fold, repetition, arguments.o.resolve(), device)
+    output, folds = arguments.o.resolve(), list(dict.fromkeys(arguments.f or folds))
+    for fold in folds:
+        check_setting(protocol, fold, output, device)
+    return [
+        Run(protocol, trainer, fold, repetition, output, device)
         for repetition in ([arguments.only] if arguments.only else range(1, arguments.repetitions + 1))
-        for fold in dict.fromkeys(arguments.f or folds)
+        for fold in folds
         for trainer in dict.fromkeys(arguments.tr)
     ]
-    for run in runs:
-        run.check_setting()
-    return runs
 
 
 def positive(text: str) -> int:

@@ -22,7 +22,7 @@ ROUNDS=${ROUNDS:-8}
 SCALE=${SCALE:-published}
 OURS=$(timeout 60 nnUNetv2_selfreg trainers | grep -o '^nnUNetTrainer[^ ]*') || { echo "no trainers found" >&2; exit 2; }
 ALL="nnUNetTrainer $OURS"
-COMPILED="nnUNetTrainerSelfReg nnUNetTrainerMeanTeacher"
+COMPILED="nnUNetTrainerSelfReg nnUNetTrainerMeanTeacher nnUNetTrainerDualTask"
 export nnUNet_raw=$OUT/nnUNet_raw nnUNet_preprocessed=$OUT/nnUNet_preprocessed nnUNet_results=$OUT/nnUNet_results
 
 stage() { # name, limit in seconds, command: what fails or takes too long is noted, and the next stage begins

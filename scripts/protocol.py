@@ -13,7 +13,7 @@ from locks import Lock, locked
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunetv2_selfreg.data.datasets import labeled_cases, read_json
+from nnunetv2_selfreg.data.datasets import label_files, labeled_cases, read_json
 from nnunetv2_selfreg.data.splits import append_fold, folds_of, new_fold
 from nnunetv2_selfreg.files import replacing
 
@@ -52,7 +52,7 @@ class Protocol:
         """
         if name not in protocol_names():
             raise ValueError(f"there is no protocol {name}; there are {', '.join(protocol_names())}")
-        content = _with_inherited(load_json(str(PROTOCOLS / f"{name}.json")))
+        content = _read(name)
         scales = content.pop("scales")
         if scale not in scales:
             raise ValueError(f"protocol {name} has no scale {scale}; it has {', '.join(scales)}")
@@ -106,7 +106,7 @@ class Protocol:
     def _preprocess(self, configuration: str, nnunet: Callable[..., None]) -> None:
         """Preprocesses unless all cases are there, each with an image and a whole label: an interruption or a full disk
         leaves others."""
-        raw, labels = self._raw_labels(), self._labels()
+        raw, labels = self._raw_labels(), label_files(self.folder)
         half = {case for case in labels.keys() & raw if labels[case].stat().st_size != raw[case].stat().st_size}
         folder = self.folder / self._planned().data_identifier
         there = {file.stem for file in folder.glob("*.pkl")} & labels.keys()
@@ -131,12 +131,6 @@ class Protocol:
                 raise ValueError(f"the environment variable {name} is not set")
         if not self.raw.is_dir() and not self.folder.is_dir():
             raise ValueError(f"{self.raw} does not exist: put the raw data set there, in nnU-Net's format")
-
-    def _labels(self) -> dict[str, Path]:
-        """The label files of the preprocessed data set."""
-        ending = read_json(self.folder / "dataset.json")["file_ending"]
-        files = (self.folder / "gt_segmentations").glob(f"*{ending}")
-        return {file.name.removesuffix(ending): file for file in files}
 
     def _raw_labels(self) -> dict[str, Path]:
         """The label files of the raw data set; none where that is not at hand."""
@@ -171,12 +165,17 @@ class Protocol:
         return folds.index(wanted) if wanted in folds else append_fold(self.dataset, **self.split)[0]
 
 
-def _with_inherited(content: dict) -> dict:
-    """A protocol's file in which `inherits_from` names another: what it says itself counts."""
+def _read(name: str) -> dict:
+    """A protocol's file; where `inherits_from` names another, what it says itself counts."""
+    content = load_json(str(PROTOCOLS / f"{name}.json"))
     if "inherits_from" not in content:
         return content
-    inherited = _with_inherited(load_json(str(PROTOCOLS / f"{content.pop('inherits_from')}.json")))
-    return {**inherited, **content}
+    return {**_read(content.pop("inherits_from")), **content}
+
+
+def scales_of(name: str) -> list[str]:
+    """The scales that a protocol's file has."""
+    return list(_read(name)["scales"])
 
 
 def protocol_names() -> list[str]:

@@ -64,27 +64,6 @@ class Run:
         """result.json is the last file of a run."""
         return (self.folder / "result.json").is_file()
 
-    def check_setting(self) -> None:
-        """Notes the setting of a first run, which all others of the protocol and fold must share.
-
-        Raises:
-            ValueError: this one would be made in another setting, so it could not stand beside the others, or there is
-                no such fold.
-        """
-        file = self.folder.with_name(f"setting-fold{self.fold}.json")
-        setting = {**self.protocol.setting(self.fold), "device": self.device}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not file.is_file():
-            with replacing(file) as part:
-                save_json(setting, part, sort_keys=False)
-        before = read_json(file)
-        different = [name for name in setting if before.get(name) != setting[name]]
-        if different:
-            raise ValueError(
-                f"{file} says that the runs beside it were made with other {', '.join(different)}. Take another -o, or "
-                f"remove {file.parent}"
-            )
-
     @property
     def model(self) -> list[str]:
         """Trainer and plans as nnUNetv2_train takes them."""
@@ -108,6 +87,7 @@ class Run:
         Raises:
             Exception: it failed otherwise, and can be executed again.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / "lock") as lock:
             if self.finished:  # by whoever held the lock
                 return None
@@ -177,6 +157,28 @@ class Run:
             "machine": machine(self.device),
             "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         }
+
+
+def check_setting(protocol: Protocol, fold: int, output: Path, device: str) -> None:
+    """Notes the setting of the first run of a fold, which all others must share.
+
+    Raises:
+        ValueError: these would be made in another setting, so they could not stand beside the others, or there is no
+            such fold.
+    """
+    file = output / protocol.name / f"setting-fold{fold}.json"
+    setting = {**protocol.setting(fold), "device": device}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.is_file():
+        with replacing(file) as part:
+            save_json(setting, part, sort_keys=False)
+    before = read_json(file)
+    different = [name for name in setting if before.get(name) != setting[name]]
+    if different:
+        raise ValueError(
+            f"{file} says that the runs beside it were made with other {', '.join(different)}. Take another -o, or "
+            f"remove {file.parent}"
+        )
 
 
 class Memory:

@@ -53,6 +53,8 @@ def main() -> None:
 
     torch.set_flush_denormal(True)  # on a CPU denormals would drown the result
     torch.backends.cudnn.benchmark = True  # as nnUNetv2_train does
+    # Trainers of one process would share compiled code that knows nothing of the others' hooks.
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
     with tempfile.TemporaryDirectory() as results:
         os.environ["nnUNet_results"] = results  # a trainer writes a log file as soon as it exists
         trainers = {name: build(name, arguments) for name in arguments.tr}
@@ -130,7 +132,9 @@ def measure_loading(trainers: dict[str, Any], rounds: int) -> dict[str, list[flo
 
 def peak_memory(trainer: Any, batch: dict) -> int:
     """Bytes of tensors that a step allocates at its peak, above what the trainer holds between steps."""
-    trainer.optimizer.zero_grad(set_to_none=True)
+    for module in (trainer.network, getattr(trainer, "distance_module", None)):
+        if module is not None:
+            module.zero_grad(set_to_none=True)
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -37,12 +37,20 @@ def labeled_cases(folder: Path) -> list[str]:
     Raises:
         CommandError: there are none.
     """
+    labels = label_files(folder)
+    if not labels:
+        ending = read_json(folder / "dataset.json")["file_ending"]
+        raise CommandError(
+            f"{folder / 'gt_segmentations'} has no {ending} file. Run nnUNetv2_preprocess for {folder.name} again."
+        )
+    return sorted(labels)
+
+
+def label_files(folder: Path) -> dict[str, Path]:
+    """The labels that nnU-Net copied into a preprocessed data set, by case; none where it has not preprocessed yet."""
     ending = read_json(folder / "dataset.json")["file_ending"]
-    labels = folder / "gt_segmentations"
-    cases = sorted(file.name.removesuffix(ending) for file in labels.iterdir() if file.name.endswith(ending))
-    if not cases:
-        raise CommandError(f"{labels} has no {ending} file. Run nnUNetv2_preprocess for {folder.name} again.")
-    return cases
+    files = (folder / "gt_segmentations").glob(f"*{ending}")
+    return {file.name.removesuffix(ending): file for file in files}
 
 
 def read_json(file: Path, remedy: str = "Restore it, or make it again.") -> object:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import edt
 import numpy as np
 import torch
+from scipy.ndimage import distance_transform_edt
 
-from nnunetv2_selfreg.data.foreground import Foreground, LabeledStream
+from nnunetv2_selfreg.data.foreground import Foreground, at_full_resolution
 
 
 def signed_distance_map(mask: np.ndarray, spacing: Sequence[float] | None = None) -> np.ndarray:
@@ -20,11 +21,11 @@ def signed_distance_map(mask: np.ndarray, spacing: Sequence[float] | None = None
     Distances are Euclidean and exact, between voxel centres. So no value is 0, and `map < 0` is the mask again (our
     decision; the released programs of the dual-task methods set inner boundary voxels to 0 and ignore the spacing).
 
-    Computed by `edt`: exact and anisotropic like SciPy's (MONAI wraps that one), but 1.5 times as fast on one thread;
-    cuCIM's needs a GPU, which worker processes must not touch.
+    Computed by `edt`, up to 3D: exact and anisotropic like SciPy's (which MONAI wraps), but 1.5 times as fast on one
+    thread, and with wheels for all platforms. cuCIM's needs a GPU, which worker processes must not touch.
 
     Args:
-        mask: boolean, 1D to 3D.
+        mask: boolean, of any dimension.
         spacing: of the voxels along each axis, in mm; default: 1. The division makes the map unitless.
 
     Returns:
@@ -55,7 +56,10 @@ def signed_distance_map(mask: np.ndarray, spacing: Sequence[float] | None = None
 
 def _distance_inside(mask: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
     """Distance to the nearest voxel that is not in the mask, divided by the largest; 0 outside."""
-    distance = edt.edt(mask, anisotropy=spacing, parallel=1)
+    if mask.ndim > 3:
+        distance = distance_transform_edt(mask, spacing).astype(np.float32)
+    else:
+        distance = edt.edt(mask, anisotropy=spacing if mask.ndim > 1 else spacing[0], parallel=1)
     distance /= distance.max()
     return distance
 
@@ -69,20 +73,28 @@ def _box_around(mask: np.ndarray) -> tuple[slice, ...]:
     return tuple(box)
 
 
-class WithSignedDistances(LabeledStream):
-    """Batches have `distance` too: `(L, K, *patch)`, float32, the signed distance map of each class or region.
+class WithSignedDistances:
+    """nnU-Net's labelled stream, whose batches have `distance` too: `(L, K, *patch)`, float32, the signed distance map
+    of each foreground class or region.
 
     Made here, that is in the worker processes and after augmentation, of the target at full resolution.
     """
 
     def __init__(self, loader, foreground: Foreground, spacing: Sequence[float]) -> None:
-        """`spacing` is the configuration's, in mm."""
-        super().__init__(loader, foreground)
+        """`loader` yields nnU-Net's batches; `spacing` is the configuration's, in mm."""
+        self.loader = loader
+        self.foreground = foreground
         self.spacing = tuple(spacing)
 
+    def set_thread_id(self, thread_id: int) -> None:
+        self.loader.set_thread_id(thread_id)
+
+    def __iter__(self) -> WithSignedDistances:
+        return self
+
     def __next__(self) -> dict:
-        batch = super().__next__()
-        masks = batch["foreground"].numpy()
+        batch = next(self.loader)
+        masks = self.foreground.masks(at_full_resolution(batch["target"])).numpy()
         distance = np.empty(masks.shape, np.float32)
         for index in np.ndindex(masks.shape[:2]):
             distance[index] = signed_distance_map(masks[index], self.spacing)

@@ -11,6 +11,12 @@ import torch
 from torch import Tensor
 
 
+def predicted_distance(output: Tensor) -> Tensor:
+    """The signed distance in [-1, 1] that a network's output stands for, `z = tanh(output)`, in at least single
+    precision: `k` makes differences count that half precision does not have."""
+    return torch.tanh(output.to(torch.promote_types(output.dtype, torch.float32)))
+
+
 def soft_mask(distance: Tensor, sharpness: float = 1500.0) -> Tensor:
     """The probability of the foreground that a signed distance stands for.
 
@@ -36,6 +42,13 @@ def distance_regression(predicted: Tensor, distance: Tensor, valid: Tensor) -> T
         distance: likewise; negative somewhere in each class that occurs.
         valid: boolean, `(B, 1, *spatial)`.
     """
-    occurs = (distance < 0).flatten(2).any(2).reshape(*distance.shape[:2], *[1] * (distance.ndim - 2))
-    kept = (valid & occurs).to(torch.promote_types(predicted.dtype, torch.float32))
+    kept = (valid & occurring(distance < 0)).to(torch.promote_types(predicted.dtype, torch.float32))
     return ((predicted - distance) ** 2 * kept).sum() / kept.sum().clamp_min(1)
+
+
+def occurring(masks: Tensor, in_batch: bool = False) -> Tensor:
+    """Which classes are anywhere in a sample, or in any sample of the batch: boolean, `(B, K, 1, ...)`, of boolean
+    masks `(B, K, *spatial)`."""
+    present = masks.flatten(2).any(2)
+    present = present.any(0, keepdim=True).expand_as(present) if in_batch else present
+    return present.reshape(*masks.shape[:2], *[1] * (masks.ndim - 2))

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from nnunetv2_selfreg.data.foreground import Foreground, LabeledStream, at_full_resolution
+from nnunetv2_selfreg.data.foreground import Foreground, at_full_resolution
 from nnunetv2_selfreg.data.signed_distance import WithSignedDistances
 from nnunetv2_selfreg.features import FeatureTaps, unwrap
-from nnunetv2_selfreg.losses.dual_task import distance_regression, soft_mask
+from nnunetv2_selfreg.losses.consistency import probabilities
+from nnunetv2_selfreg.losses.dual_task import distance_regression, occurring, predicted_distance, soft_mask
 from nnunetv2_selfreg.training.semi_supervised import SemiSupervised
 
 
@@ -68,8 +69,18 @@ class DistanceTask(SemiSupervised):
     def trained_modules(self) -> list[tuple[nn.Module, Optimizer]]:
         return [*super().trained_modules(), (self.distance_module, self.distance_optimizer)]
 
-    def labeled_stream(self, loader):
-        return LabeledStream(super().labeled_stream(loader), self.foreground)
+    def optimise(self, batch: dict) -> dict:
+        target = at_full_resolution(batch["target"])
+        unknown = self.foreground.unknown_label(target)
+        if unknown is not None:
+            cases = ", ".join(map(str, batch["keys"][: len(target)]))
+            message = (
+                f"Label {unknown} in a batch of {cases} is not among the data set's labels. Correct the label files, "
+                "and preprocess again."
+            )
+            self.print_to_log_file(message, also_print_to_console=False)
+            raise ValueError(message)
+        return super().optimise(batch)
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
@@ -78,7 +89,8 @@ class DistanceTask(SemiSupervised):
 
     def agreement(self, distance: Tensor, output: Tensor) -> Tensor:
         """Mean squared difference of the two tasks' foreground, `mean (mask(z) - p)^2`; both get its gradient."""
-        return ((soft_mask(distance, self.sharpness) - self.foreground.probabilities(output)) ** 2).mean()
+        foreground = probabilities(output, self.foreground.regions)[:, -self.foreground.count :]  # no background
+        return ((soft_mask(distance, self.sharpness) - foreground) ** 2).mean()
 
     def combined(self, supervised: dict[str, Tensor], weights: dict[str, float], agreement: Tensor) -> Tensor:
         """The weighted sum of the supervised terms and the ramped agreement, which are kept for the log."""
@@ -117,18 +129,17 @@ class DualTask(DistanceTask):
     def initialize(self) -> None:
         self._require("distance_weight", 0 <= self.distance_weight < math.inf, "finite and 0 at least")
         super().initialize()
-        self.taps = FeatureTaps(self.network)
 
     def build_distance_module(self) -> nn.Module:
+        self.taps = FeatureTaps(self.network)  # raises for networks without stages
         segmentation_head = unwrap(self.network).decoder.seg_layers[-1]
         return type(segmentation_head)(segmentation_head.in_channels, self.foreground.count, kernel_size=1)
 
     def labeled_stream(self, loader):
-        loader = SemiSupervised.labeled_stream(self, loader)
-        return WithSignedDistances(loader, self.foreground, self.configuration_manager.spacing)
+        return WithSignedDistances(super().labeled_stream(loader), self.foreground, self.configuration_manager.spacing)
 
     def semi_supervised_loss(self, output, target, batch) -> Tensor:
-        distance = torch.tanh(self.distance_module(self.taps.take().final).float())
+        distance = predicted_distance(self.distance_module(self.taps.take().final))
         labeled = len(batch["distance"])
         valid = self.foreground.valid(at_full_resolution(target))
         terms = {
@@ -145,7 +156,8 @@ class DualTaskMutual(DistanceTask):
 
     `z` is the tanh of the second network, of the planned architecture. The released program lets the consistency's
     gradient into both networks, as here, but adds it twice; here it counts once. The second network has no deep
-    supervision, since its loss is of the full resolution (our decision).
+    supervision, since its loss is of the full resolution, and a class that is not in a sample (with batch Dice: in the
+    batch) counts as found, without gradient (our decisions).
     """
 
     _name = "distance_network"
@@ -164,17 +176,20 @@ class DualTaskMutual(DistanceTask):
             self.foreground.count,
             enable_deep_supervision=False,
         )
-        # The heads of the other scales are built all the same; DistributedDataParallel would wait for their gradients.
-        for head in list(network.decoder.seg_layers)[:-1]:
+        # U-Nets have heads at the other scales all the same; DistributedDataParallel would wait for their gradients.
+        for head in list(getattr(network.decoder, "seg_layers", ()))[:-1]:
             head.requires_grad_(False)
         return network
 
     def semi_supervised_loss(self, output, target, batch) -> Tensor:
-        distance = torch.tanh(self.distance_module(batch["data"]).float())
-        masks = batch["foreground"]
-        predicted = soft_mask(distance[: len(masks)], self.sharpness)
+        distance = predicted_distance(self.distance_module(batch["data"]))
+        target_here = at_full_resolution(target)
+        masks, valid = self.foreground.masks(target_here), self.foreground.valid(target_here)
+        # Dice of a class that does not occur would be a step of height 1 where the last false voxel goes: its gradient,
+        # steepened by the soft mask, is too large for half precision.
+        counted = valid & occurring(masks, self.configuration_manager.batch_dice)
         terms = {
             "segmentation": self.supervised_loss(output, target),
-            "distance": self.dice(predicted, masks, self.foreground.valid(at_full_resolution(target))),
+            "distance": self.dice(soft_mask(distance[: len(masks)], self.sharpness), masks, counted),
         }
         return self.combined(terms, {}, self.agreement(distance, output[0]))

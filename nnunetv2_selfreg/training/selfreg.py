@@ -25,12 +25,14 @@ class SelfRegularized(ReliableTraining):
     """How IFD sorts channels before it halves them: "activation" (released program) or "index" (paper)."""
     ifd_stop_gradient: bool = False
     """Whether IFD's first half is a teacher without gradient: False (released program) or True (paper)."""
+    regularized_loss: type[SelfRegularizedLoss] = SelfRegularizedLoss
+    """Computes the terms and adds them; a subclass of it may compute them in another way."""
 
     def _build_loss(self) -> nn.Module:
         loss = super()._build_loss()
         if self.lambda_scr == self.lambda_ifd == 0:
             return loss
-        return SelfRegularizedLoss(
+        return self.regularized_loss(
             loss, FeatureTaps(self.network), self.lambda_scr, self.lambda_ifd, self.ifd_order, self.ifd_stop_gradient
         )
 

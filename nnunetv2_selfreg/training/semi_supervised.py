@@ -15,7 +15,6 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.helpers import dummy_context
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from nnunetv2_selfreg.data.splits import read_splits
@@ -103,13 +102,15 @@ class SemiSupervised(ReliableTraining):
             output = self.network(batch["data"])
             output = output if isinstance(output, (list, tuple)) else [output]
             loss = self.semi_supervised_loss(output, batch["target"], batch)
-        scaler = self.grad_scaler or GradScaler(self.device.type, enabled=False)
-        scaler.scale(loss).backward()
+        scaler = self.grad_scaler
+        (loss if scaler is None else scaler.scale(loss)).backward()
         for module, optimizer in trained:
-            scaler.unscale_(optimizer)
+            if scaler is not None:
+                scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(module.parameters(), 12)
-            scaler.step(optimizer)
-        scaler.update()
+            optimizer.step() if scaler is None else scaler.step(optimizer)
+        if scaler is not None:
+            scaler.update()
         self.after_step()
         self._steps_in_epoch += 1
         return {"loss": loss.detach().cpu().numpy()}

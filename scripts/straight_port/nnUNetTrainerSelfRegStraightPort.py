@@ -8,7 +8,6 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch.nn import functional as F
 
-from nnunetv2_selfreg.features import FeatureTaps
 from nnunetv2_selfreg.losses import SelfRegularizedLoss
 from nnunetv2_selfreg.training.selfreg import SelfRegularized
 
@@ -39,6 +38,4 @@ class StraightPortLoss(SelfRegularizedLoss):
 class nnUNetTrainerSelfRegStraightPort(SelfRegularized, nnUNetTrainer):
     """nnUNetTrainerSelfReg without any of its savings."""
 
-    def _build_loss(self):
-        loss = nnUNetTrainer._build_loss(self)
-        return StraightPortLoss(loss, FeatureTaps(self.network), self.lambda_scr, self.lambda_ifd)
+    regularized_loss = StraightPortLoss

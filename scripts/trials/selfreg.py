@@ -2,7 +2,6 @@
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunetv2_selfreg.features import FeatureTaps
 from nnunetv2_selfreg.losses import SelfRegularizedLoss
 from nnunetv2_selfreg.losses.consistency import gaussian_ramp_up
 from nnunetv2_selfreg.training.selfreg import SelfRegularized
@@ -61,9 +60,7 @@ class LossOfUnitFeatures(SelfRegularizedLoss):
 class nnUNetTrainerSelfRegUnit(SelfRegularized, nnUNetTrainer):
     """Every feature map on the same scale."""
 
-    def _build_loss(self):
-        loss = nnUNetTrainer._build_loss(self)
-        return LossOfUnitFeatures(loss, FeatureTaps(self.network), self.lambda_scr, self.lambda_ifd)
+    regularized_loss = LossOfUnitFeatures
 
 
 def _unit(feature):

@@ -26,11 +26,13 @@ def by_all_pairs(mask: np.ndarray, spacing) -> np.ndarray:
     return result
 
 
-masks = arrays(bool, array_shapes(min_dims=2, max_dims=3, min_side=1, max_side=7))
+masks = arrays(bool, array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=7)) | arrays(
+    bool, array_shapes(min_dims=4, max_dims=4, min_side=1, max_side=4)
+)
 
 
 @settings(deadline=None, max_examples=150)
-@given(masks, st.tuples(*[st.floats(0.3, 4)] * 3))
+@given(masks, st.tuples(*[st.floats(0.3, 4)] * 4))
 def test_equals_all_pairs_and_keeps_the_mask(mask, spacing):
     spacing = spacing[: mask.ndim]
     distance = signed_distance_map(mask, spacing)
@@ -92,14 +94,18 @@ def test_masks_of_regions_leave_ignored_voxels_out():
     assert torch.equal(without.masks(target), target > 0)
 
 
-def test_a_label_that_the_data_set_does_not_have_is_named_with_its_batch():
-    foreground = Foreground(2, regions=False, ignore_label=None)
-    with pytest.raises(ValueError, match=r"label 7 in a batch of case_1, case_2 is not among .* 0 to 2"):
-        foreground.masks(torch.tensor([[[[7.0, 1]]]]), ["case_1", "case_2"])
+def test_a_label_that_the_data_set_does_not_have_is_found():
+    known, ignored, unknown = (torch.tensor([[[[label, 1.0]]]]) for label in (2, 3, 4))
+    plain, ignoring = (Foreground(2, regions=False, ignore_label=label) for label in (None, 3))
+    assert [plain.unknown_label(target) for target in (known, ignored, unknown)] == [None, 3, 4]
+    assert [ignoring.unknown_label(target) for target in (known, ignored, unknown)] == [None, None, 4]
 
 
 class Labeled:
     """A labelled stream of one batch, as nnU-Net's loader yields it."""
+
+    def set_thread_id(self, thread_id):
+        self.thread = thread_id
 
     def __next__(self):
         target = torch.zeros(2, 1, 4, 6, 5)
@@ -114,8 +120,10 @@ def test_stream_brings_the_maps_of_each_class_in_the_spacing_given(copied):
     stream = WithSignedDistances(Labeled(), Foreground(2, regions=False, ignore_label=None), spacing)
     if copied:  # as worker processes that are not forked get it
         stream = pickle.loads(pickle.dumps(stream))
-    batch = next(stream)
-    assert batch["distance"].shape == batch["foreground"].shape == (2, 2, 4, 6, 5)
+    stream.set_thread_id(3)  # as nnU-Net's augmenter does in each worker
+    assert stream.loader.thread == 3
+    batch = next(iter(stream))
+    assert batch["distance"].shape == (2, 2, 4, 6, 5)
     for sample in (0, 1):
         for label in (1, 2):
             mask = (batch["target"][0][sample, 0] == label).numpy()

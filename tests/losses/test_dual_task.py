@@ -7,13 +7,42 @@ from hypothesis import given
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from nnunetv2_selfreg.data import signed_distance_map
-from nnunetv2_selfreg.losses.dual_task import distance_regression, soft_mask
+from nnunetv2_selfreg.losses.dual_task import distance_regression, occurring, predicted_distance, soft_mask
 
 
 @given(arrays(bool, array_shapes(min_dims=2, max_dims=3, min_side=1, max_side=8)))
 def test_soft_mask_of_a_distance_map_is_the_mask(mask):
     soft = soft_mask(torch.from_numpy(signed_distance_map(mask)))
     np.testing.assert_allclose(soft, mask, atol=1e-6)
+
+
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (5, 0.3, 0.3)])
+@pytest.mark.parametrize("part", ["ball", "all but a corner", "a voxel"])
+def test_soft_mask_is_the_mask_at_a_real_patch_size(part, spacing):
+    """Where the largest distance is many voxels long a voxel at the surface is only on the right side of 0.5."""
+    mask = np.zeros((80, 112, 112), bool)
+    if part == "ball":
+        grid = np.indices(mask.shape) - np.array([40, 50, 60]).reshape(3, 1, 1, 1)
+        mask = (grid**2).sum(0) < 30**2
+    else:
+        mask[-1, -1, -1] = True
+        mask = ~mask if part == "all but a corner" else mask
+    soft = soft_mask(torch.from_numpy(signed_distance_map(mask, spacing)))
+    np.testing.assert_array_equal(soft > 0.5, mask)
+
+
+def test_predicted_distance_keeps_the_precision():
+    assert predicted_distance(torch.zeros(1, dtype=torch.float16)).dtype == torch.float32
+    output = torch.randn(5, dtype=torch.float64)
+    assert torch.equal(predicted_distance(output), output.tanh())
+
+
+def test_classes_occur_in_a_sample_or_in_the_batch():
+    masks = torch.zeros(2, 2, 3, 3, dtype=torch.bool)
+    masks[0, 1, 2, 2] = True
+    assert occurring(masks).flatten(1).tolist() == [[False, True], [False, False]]
+    assert occurring(masks, in_batch=True).flatten(1).tolist() == [[False, True], [False, True]]
+    assert occurring(masks).shape == (2, 2, 1, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

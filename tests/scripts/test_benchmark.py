@@ -353,9 +353,12 @@ def test_killed_preparation_is_waited_for(protocol, monkeypatch):
     wait_until(lambda: any(file.read_text() for file in (protocol / "new").glob("*.lock")))
     first.send_signal(signal.SIGKILL)
     first.wait()
+    (lock,) = (protocol / "new").glob("*.lock")
+    left_behind = int(lock.read_text().split()[1])
     with subprocess.Popen(start, env=environment, stderr=subprocess.PIPE, text=True) as second:
         wait_until(lambda: "was left behind and still works" in second.stderr.readline())
         second.terminate()
+    commands.kill_group(left_behind)
 
 
 def test_any_preprocessed_data_set_without_a_protocol(protocol, monkeypatch, capsys):
@@ -438,7 +441,8 @@ def test_configuration_of_another_content_is_left_alone(protocol, monkeypatch, c
 
 @pytest.mark.parametrize("name", protocols.protocol_names())
 def test_protocols_of_the_repository_load_at_every_scale(name):
-    scales = ["cpu", "full", "published"] if name.startswith("left-atrium") else ["cpu", "full"]
+    scales = protocols.scales_of(name)
+    assert {"cpu", "full"} <= set(scales)
     for scale in scales:
         loaded = protocols.Protocol.load(name, scale)
         assert loaded.device == ("cpu" if scale == "cpu" else "cuda")

@@ -3,13 +3,16 @@
 import shutil
 import sys
 
+import benchmark_figures
 import benchmark_report
+import benchmark_statistics
 import numpy as np
 import pandas as pd
 import phantom
 import pytest
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
 from scipy.stats import wilcoxon
+from segmentation_metrics import METRICS
 
 DICE = {
     ("nnUNetTrainer", 1): [0.80, 0.60, 0.70, 0.50, 0.40, 0.30],
@@ -48,22 +51,22 @@ def runs(tmp_path):
 
 
 def test_mean_over_cases_and_deviation_over_runs(runs):
-    cases, results = benchmark_report.read_runs(runs)
-    dice = benchmark_report.summary(cases).loc[("nnUNetTrainer", "organ"), "dice"]
+    cases, results = benchmark_statistics.read_runs(runs)
+    dice = benchmark_statistics.summary(cases).loc[("nnUNetTrainer", "organ"), "dice"]
     means = [100 * np.mean(DICE["nnUNetTrainer", repetition]) for repetition in (1, 2)]
     assert dice["mean"] == pytest.approx(np.mean(means))
     assert dice["std"] == pytest.approx(np.std(means, ddof=1))
     assert dice["count"] == 2
-    assert sorted(benchmark_report.epoch_seconds(result).sum() for result in results) == [4, 4, 8]
+    assert sorted(benchmark_statistics.epoch_seconds(result).sum() for result in results) == [4, 4, 8]
 
 
 def test_differences_are_paired_by_case(runs):
-    cases, _ = benchmark_report.read_runs(runs)
-    (table,) = benchmark_report.differences(cases, "dice").values()
+    cases, _ = benchmark_statistics.read_runs(runs)
+    (table,) = benchmark_statistics.differences(cases, "dice").values()
     values = table["organ"]
     stock = np.mean([DICE["nnUNetTrainer", 1], DICE["nnUNetTrainer", 2]], 0)
     np.testing.assert_allclose(values, 100 * (np.array(DICE["nnUNetTrainerMine", 1]) - stock))
-    low, high = benchmark_report.interval(values)
+    low, high = benchmark_statistics.interval(values)
     assert low < values.mean() < high
     assert low > values.min()
 
@@ -97,13 +100,13 @@ def test_report_has_every_number_and_the_commands(runs, tmp_path, monkeypatch, c
 def table(values: dict) -> pd.DataFrame:
     """Rows of (trainer, fold, repetition, case, class) with a Dice, the other metrics alike."""
     rows = [(*key, *[value] * 4) for key, value in values.items()]
-    return pd.DataFrame(rows, columns=["trainer", "fold", "repetition", "case", "class", *benchmark_report.METRICS])
+    return pd.DataFrame(rows, columns=["trainer", "fold", "repetition", "case", "class", *METRICS])
 
 
 def test_spread_is_over_repetitions_not_over_folds():
     stock = "nnUNetTrainer"
     cases = table({(stock, fold, rep, f"{fold}", "a"): 60 + 30 * fold for fold in (0, 1) for rep in (1, 2)})
-    dice = benchmark_report.summary(cases).loc[(stock, "a"), "dice"]
+    dice = benchmark_statistics.summary(cases).loc[(stock, "a"), "dice"]
     assert (dice["mean"], dice["std"], dice["count"]) == (75, 0, 2)
 
 
@@ -112,18 +115,18 @@ def test_repetition_that_lacks_a_fold_is_named_and_no_part_of_the_spread(runs):
     cases = table(
         {("nnUNetTrainer", fold, rep, f"{fold}", "a"): 90 - 20 * fold for rep in folds for fold in folds[rep]}
     )
-    assert benchmark_report.incomplete_repetitions(cases) == [("nnUNetTrainer", 3)]
-    dice = benchmark_report.summary(cases).loc[("nnUNetTrainer", "a"), "dice"]
+    assert benchmark_statistics.incomplete_repetitions(cases) == [("nnUNetTrainer", 3)]
+    dice = benchmark_statistics.summary(cases).loc[("nnUNetTrainer", "a"), "dice"]
     assert (dice["mean"], dice["std"], dice["count"]) == (80, 0, 2)
-    _, results = benchmark_report.read_runs(runs)
+    _, results = benchmark_statistics.read_runs(runs)
     report = benchmark_report.markdown(cases, pd.DataFrame(), results)
     assert "Repetition 3 of nnUNetTrainer lacks folds and is not in the first table." in report
 
 
 def test_first_epoch_in_which_every_class_is_learned():
-    assert benchmark_report.first_epoch_with([[0.9, 0.6], [0.7, 0.7], [0.8, 0.8]]) == 2
-    assert np.isnan(benchmark_report.first_epoch_with([[0.9, 0.6]]))
-    assert np.isnan(benchmark_report.first_epoch_with([]))
+    assert benchmark_statistics.first_epoch_with([[0.9, 0.6], [0.7, 0.7], [0.8, 0.8]]) == 2
+    assert np.isnan(benchmark_statistics.first_epoch_with([[0.9, 0.6]]))
+    assert np.isnan(benchmark_statistics.first_epoch_with([]))
 
 
 def test_only_pairs_that_both_sides_have_in_every_repetition_count():
@@ -134,9 +137,9 @@ def test_only_pairs_that_both_sides_have_in_every_repetition_count():
         for repetition in (1, 2):
             values[trainer, 0, repetition, "1", "b"] = np.nan
     values["nnUNetTrainerMine", 0, 2, "1", "b"] = 0.0
-    (found,) = benchmark_report.differences(table(values), "dice").values()
+    (found,) = benchmark_statistics.differences(table(values), "dice").values()
     np.testing.assert_array_equal(found.to_numpy(), [[10, np.nan], [10, 10]])
-    rows = benchmark_report.difference_rows(table(values))
+    rows = benchmark_statistics.difference_rows(table(values))
     dice = rows[rows["metric"] == "Dice"].set_index("class")
     assert dice["cases"].to_dict() == {"mean": 2, "a": 2, "b": 1}
     assert dice["mean"].to_dict() == {"mean": 10, "a": 10, "b": 10}
@@ -145,7 +148,7 @@ def test_only_pairs_that_both_sides_have_in_every_repetition_count():
 @pytest.mark.filterwarnings("error")
 def test_runs_that_do_not_differ_at_all():
     values = {(t, 0, 1, case, "a"): 80.0 for t in ("nnUNetTrainer", "nnUNetTrainerMine") for case in "12"}
-    rows = benchmark_report.difference_rows(table(values))
+    rows = benchmark_statistics.difference_rows(table(values))
     assert (rows["mean"] == 0).all()
     assert rows[["low", "high", "p"]].isna().all(axis=None)
 
@@ -155,24 +158,24 @@ def test_diverged_runs_are_named_and_left_out(runs, tmp_path, monkeypatch):
     result = load_json(str(failed / "result.json"))
     save_json({**result, "failure": "it diverged: nan"}, str(failed / "result.json"))
     (failed / "metrics.csv").unlink()
-    cases, results = benchmark_report.read_runs(runs)
+    cases, results = benchmark_statistics.read_runs(runs)
     assert set(cases["trainer"]) == {"nnUNetTrainer"}
-    report = benchmark_report.markdown(cases, benchmark_report.difference_rows(cases), results)
+    report = benchmark_report.markdown(cases, benchmark_statistics.difference_rows(cases), results)
     assert f"{failed.name}: it diverged: nan" in report
     monkeypatch.setattr(sys, "argv", ["benchmark_report.py", str(runs), "-o", str(tmp_path / "report")])
     assert benchmark_report.main() == 0
     for folder in runs.glob("nnUNetTrainer-*/result.json"):
         folder.unlink()
     with pytest.raises(FileNotFoundError, match=r"all runs of .* failed: .*it diverged: nan"):
-        benchmark_report.read_runs(runs)
+        benchmark_statistics.read_runs(runs)
 
 
 def test_costs_are_medians_over_runs(runs):
     for number, file in enumerate(sorted(runs.glob("nnUNetTrainer-*/result.json")), 1):
         measured = {"iterations": 10, "peak_memory_mib": 1000 * number, "prediction_seconds": 2 * number}
         save_json({**load_json(str(file)), **measured}, str(file))
-    cases, results = benchmark_report.read_runs(runs)
-    lines = benchmark_report.markdown(cases, benchmark_report.difference_rows(cases), results).splitlines()
+    cases, results = benchmark_statistics.read_runs(runs)
+    lines = benchmark_report.markdown(cases, benchmark_statistics.difference_rows(cases), results).splitlines()
     # 4 epochs of 1 s and of 2 s; 1.5 million parameters
     assert "| nnUNetTrainer | 1.5 | 0.15 | 0.1 | 1500 | 3 | 4 |" in lines
     assert "| nnUNetTrainerMine | 1.5 | – | 0.0667 | – | – | – |" in lines
@@ -190,9 +193,9 @@ def test_contours_of_the_best_the_median_and_the_worst_case(runs, tmp_path, monk
         if result["trainer"] == "nnUNetTrainer":
             shutil.copytree(raw / "labelsTr", file.with_name("val"))
     drawn = {}
-    monkeypatch.setattr(benchmark_report, "contour_figure", lambda cases, file: drawn.update({file.name: cases}))
-    cases, results = benchmark_report.read_runs(runs)
-    assert benchmark_report.draw_contours(cases, results, tmp_path) == ["nnUNetTrainerMine"]
+    monkeypatch.setattr(benchmark_figures, "contour_figure", lambda cases, file: drawn.update({file.name: cases}))
+    cases, results = benchmark_statistics.read_runs(runs)
+    assert benchmark_figures.draw_contours(cases, results, tmp_path) == ["nnUNetTrainerMine"]
     titles = [case.title for case in drawn["contours-nnUNetTrainer.png"]]
     assert titles == [
         "best: phantom_000, Dice 80.0 %",
@@ -206,4 +209,4 @@ def test_contours_of_the_best_the_median_and_the_worst_case(runs, tmp_path, monk
 
 def test_folder_without_a_finished_run_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
-        benchmark_report.read_runs(tmp_path)
+        benchmark_statistics.read_runs(tmp_path)

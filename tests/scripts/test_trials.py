@@ -61,16 +61,33 @@ def test_variant_of_selfreg(variant, started):
     )
 
 
+def test_terms_of_unit_features_do_not_depend_on_their_scale(started):
+    trainer = started("nnUNetTrainerSelfRegUnit")
+    batch = next(trainer.dataloader_train)
+
+    def terms():
+        torch.manual_seed(0)  # of the channels that are compared
+        trainer.loss(trainer.network(batch["data"]), batch["target"])
+        return torch.stack([trainer.loss.terms[name] for name in ("scr", "ifd")])
+
+    before = terms()
+    for module in trainer.network.modules():
+        if isinstance(module, torch.nn.modules.instancenorm._InstanceNorm):
+            module.weight.data *= 10
+            module.bias.data *= 10
+    torch.testing.assert_close(terms(), before, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("variant", CONSISTENCY_WEIGHTS)
 def test_variant_of_mean_teacher(variant, started):
     trainer = started(f"nnUNetTrainerMeanTeacher{variant}")
     trainer.current_epoch = trainer.num_epochs // 5
     trainer.on_train_epoch_start()
     batch = next(trainer.dataloader_train)
+    expected = batch["data_weak"] if variant == "OneView" else batch["data"][-len(batch["data_weak"]) :].clone()
     outputs = trainer.train_step(batch)
     assert outputs["consistency_weight"] == pytest.approx(CONSISTENCY_WEIGHTS[variant], rel=1e-4)
     assert trainer.ema_decay == (0.999 if variant == "Slow" else 0.99)
     labeled = len(batch["data"]) - len(batch["data_weak"])
     assert len(batch["data_weak"]) == labeled * (2 if variant == "Double" else 1)
-    seen = batch["data"][-len(batch["data_weak"]) :]
-    assert torch.equal(seen, batch["data_weak"]) == (variant == "OneView")
+    assert torch.equal(batch["data"][-len(batch["data_weak"]) :], expected)

@@ -6,11 +6,11 @@ class _DualTask(TrainerMatrix):
     trains_cascades = False
 
 
-class TestDualTask(_DualTask, TrainerContract):
+class TestDualTask(_DualTask):
     trainer = "nnUNetTrainerDualTask"
 
 
-class TestDualTaskMutual(_DualTask):
+class TestDualTaskMutual(_DualTask, TrainerContract):
     trainer = "nnUNetTrainerDualTaskMutual"
     chosen = FOUR_CELLS
 

@@ -66,7 +66,8 @@ def test_terms_are_recomputed_from_the_outputs(family, variant, data_sets, resul
     agreement = float(((torch.sigmoid(-3 * distance) - foreground) ** 2).mean())
     if family.endswith("Mutual"):
         dice = SoftDiceLoss(batch_dice=trainer.configuration_manager.batch_dice, smooth=1e-5, ddp=False)
-        soft = torch.sigmoid(-3 * distance[:labelled])
+        present = torch.from_numpy(masks.any((2, 3, 4), keepdims=True))
+        soft = torch.sigmoid(-3 * distance[:labelled]) * present
         expected = float(dice(soft, torch.from_numpy(masks), loss_mask=torch.from_numpy(valid)))
         weight = 1
     else:
@@ -111,16 +112,81 @@ def test_each_modules_gradient_is_clipped_on_its_own_and_moves_it(run):
         assert not torch.equal(was[0], weights(module)[0])
 
 
-def test_agreement_teaches_both_tasks(run):
-    """Also where it is the only term: on unlabelled samples."""
+def test_agreement_teaches_both_tasks(run, monkeypatch):
+    """Where it is the only term of the loss, as on unlabelled samples."""
     trainer = start(run.build())
     batch = next(trainer.dataloader_train)
-    output = trainer.network(batch["data"][2:])
-    features = batch["data"][2:] if "Mutual" in run.trainer else trainer.taps.take().final
-    trainer.sharpness = 3.0
-    trainer.agreement(trainer.distance_module(features).tanh(), output[0]).backward()
+    trainer.sharpness, trainer.distance_weight = 3.0, 0.0
+    trainer.current_epoch = trainer.num_epochs
+    monkeypatch.setattr(trainer, "supervised_loss", lambda output, _: 0 * output[0].sum())
+    trainer.dice = lambda predicted, *_: 0 * predicted.sum()
+    output = trainer.network(batch["data"])
+    trainer.semi_supervised_loss(output, batch["target"], batch).backward()
     for module in (trainer.network.decoder.seg_layers[-1], trainer.network.encoder, trainer.distance_module):
         assert sum(float(p.grad.abs().sum()) for p in module.parameters() if p.grad is not None) > 0
+
+
+class Scaler(torch.amp.GradScaler):
+    """Records what it is asked for."""
+
+    def __init__(self):
+        super().__init__("cpu", init_scale=1024.0)
+        self.calls = []
+
+    def unscale_(self, optimizer):
+        self.calls.append(("unscale", optimizer))
+        return super().unscale_(optimizer)
+
+    def step(self, optimizer):
+        self.calls.append(("step", optimizer))
+        return super().step(optimizer)
+
+    def update(self):
+        self.calls.append(("update",))
+        super().update()
+
+
+def test_gradient_scaler_serves_both_optimisers(run):
+    """As in half precision on a GPU: the weights move as without it."""
+    moved = []
+    for scaler in (None, Scaler()):
+        torch.manual_seed(0)
+        trainer = start(run.build())
+        trainer.grad_scaler = scaler
+        generator = torch.Generator().manual_seed(1)
+        for part in (trainer.network, trainer.distance_module):
+            for parameter in part.parameters():
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+        batch = moved[0][0] if moved else next(trainer.dataloader_train)
+        trainer.train_step(copy.deepcopy(batch))
+        moved.append((batch, weights(trainer.network), weights(trainer.distance_module)))
+    torch.testing.assert_close(moved[0][1:], moved[1][1:])
+    first, second = (optimizer for _, optimizer in trainer.trained_modules())
+    assert scaler.calls == [("unscale", first), ("step", first), ("unscale", second), ("step", second), ("update",)]
+
+
+def test_compiled_training_is_the_eager_one(run):
+    """Compiled as on a GPU, by the backend that generates no code; the module beside the network too."""
+    torch._dynamo.reset()
+    compile_ = torch.compile
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        trainer = run.build()
+        if compiled:
+            trainer._do_i_compile = lambda: True
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "compile", lambda module, **kw: compile_(module, **{**kw, "backend": "aot_eager"}))
+            trainer = start(trainer)
+            batch = losses[0][0] if losses else next(trainer.dataloader_train)
+            torch.manual_seed(2)
+            for part in (trainer.network, trainer.distance_module):
+                for parameter in part.parameters():
+                    torch.nn.init.normal_(parameter, std=0.1)
+            losses.append((batch, float(trainer.train_step(copy.deepcopy(batch))["loss"])))
+    assert isinstance(trainer.distance_module, torch._dynamo.OptimizedModule)
+    assert losses[1][1] == pytest.approx(losses[0][1], rel=1e-4)
+    torch._dynamo.reset()
 
 
 def test_schedule_follows_the_networks(run):
@@ -163,6 +229,7 @@ def test_checkpoint_of_another_family_is_refused_before_anything_is_loaded(write
     with pytest.raises(CommandError, match=f"checkpoint_latest.pth has no {missing}.*-pretrained_weights"):
         second.load_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
     assert second.current_epoch == 0
+    assert not torch.equal(weights(second.network)[0], weights(first.network)[0])
 
 
 def test_stock_trainer_continues_from_a_checkpoint(run):
@@ -174,9 +241,11 @@ def test_stock_trainer_continues_from_a_checkpoint(run):
     torch.testing.assert_close(weights(stock.network), weights(trainer.network))
 
 
-def test_labels_alone_when_asked_for(run):
+def test_labels_alone_when_asked_for(run, monkeypatch):
+    """Nothing unlabelled has to be there."""
     trainer = run.build()
     trainer.unlabeled_batch_size = 0
+    monkeypatch.setattr(trainer, "unlabeled_pool", lambda: pytest.fail("the pool is asked for"))
     trainer = start(trainer)
     batch = next(trainer.dataloader_train)
     assert len(batch["data"]) == len(batch["target"][0]) == 2
@@ -192,18 +261,25 @@ def test_mean_teacher_needs_unlabelled_samples(data_sets, results):
 
 
 def test_class_that_never_occurs_costs_nothing(run):
+    """No term for the distance, and no gradient of it, whatever is predicted."""
     trainer = start(run.build())
     batch = next(trainer.dataloader_train)
     background = [torch.zeros_like(scale) for scale in batch["target"]]
-    nothing = torch.zeros_like(batch["foreground"])
-    outputs = trainer.train_step({**batch, "target": background, "foreground": nothing, **distances_of(batch, nothing)})
+    outside = {"distance": torch.ones_like(batch["distance"])} if "distance" in batch else {}
+    trainer.agreement = lambda *_: torch.tensor(0.0)
+    outputs = trainer.train_step({**batch, "target": background, **outside})
     assert all(np.isfinite(value) for value in outputs.values())
-    if "distance" in batch:
-        assert outputs["distance"] == 0
+    assert outputs["distance"] == (-1 if "Mutual" in run.trainer else 0)  # a Dice loss of 1, or an error of 0
+    assert not any(p.grad.any() for p in trainer.distance_module.parameters() if p.grad is not None)
 
 
-def distances_of(batch: dict, masks: torch.Tensor) -> dict:
-    return {"distance": torch.where(masks, -1.0, 1.0)} if "distance" in batch else {}
+def test_label_that_the_data_set_does_not_have_is_named_with_its_cases(run):
+    trainer = start(run.build())
+    batch = next(trainer.dataloader_train)
+    batch["target"][0][0, 0, 0, 0, 0] = 7
+    with pytest.raises(ValueError, match=rf"Label 7 in a batch of {batch['keys'][0]}, .* is not among the data set's"):
+        trainer.train_step(batch)
+    assert "Label 7 in a batch of" in Path(trainer.log_file).read_text()
 
 
 @pytest.mark.parametrize(

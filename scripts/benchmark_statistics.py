@@ -1,0 +1,122 @@
+"""The numbers of a benchmark's report: means over repetitions, paired differences to stock nnU-Net, costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from scipy.stats import bootstrap, wilcoxon
+from segmentation_metrics import METRICS
+
+STOCK = "nnUNetTrainer"
+IN_PERCENT = ("dice", "jaccard")
+LEARNED = 0.7  # pseudo Dice in every class
+BOOTSTRAP_SEED = 0
+
+
+def read_runs(folder: Path) -> tuple[pd.DataFrame, list[dict]]:
+    """All rows of all finished runs, with `trainer`, `fold` and `repetition`, overlaps in percent; and all results with
+    their `folder`, also of runs that diverged.
+
+    Raises:
+        FileNotFoundError: no run is finished.
+    """
+    tables, results = [], []
+    for file in sorted(folder.glob("*/result.json")):
+        result = {"failure": None, **load_json(str(file)), "folder": file.parent}
+        results.append(result)
+        if result["failure"] is None:
+            table = pd.read_csv(file.with_name("metrics.csv"))
+            tables.append(table.assign(**{name: result[name] for name in ("trainer", "fold", "repetition")}))
+    if not results:
+        raise FileNotFoundError(f"{folder} has no finished run (*/result.json)")
+    if not tables:
+        failures = "; ".join(f"{result['folder'].name}: {result['failure']}" for result in results)
+        raise FileNotFoundError(f"all runs of {folder} failed: {failures}")
+    cases = pd.concat(tables, ignore_index=True)
+    cases[[*IN_PERCENT]] *= 100
+    return cases, results
+
+
+def incomplete_repetitions(cases: pd.DataFrame) -> list[tuple[str, int]]:
+    """Trainer and number of the repetitions that lack folds which another repetition of the trainer has."""
+    folds = cases.groupby(["trainer", "repetition"])["fold"].nunique()
+    return folds[folds < folds.groupby("trainer").transform("max")].index.tolist()
+
+
+def summary(cases: pd.DataFrame) -> pd.DataFrame:
+    """Mean and standard deviation over the complete repetitions of the mean over cases (of all folds), by trainer and
+    class."""
+    repetitions = pd.MultiIndex.from_frame(cases[["trainer", "repetition"]])
+    complete = cases[~repetitions.isin(incomplete_repetitions(cases))]
+    of_repetition = complete.groupby(["trainer", "class", "repetition"])[[*METRICS]].mean()
+    return of_repetition.groupby(["trainer", "class"]).agg(["mean", "std", "count"])
+
+
+def differences(cases: pd.DataFrame, metric: str) -> dict[str, pd.DataFrame]:
+    """Trainer minus stock, for every other trainer: a row for each case, a column for each class.
+
+    Each side is averaged over its repetitions first. Where one of them has no value, since neither the reference nor
+    that repetition's prediction has the class, there is none of the pair.
+    """
+    keys = ["trainer", "fold", "case", "class"]
+    of_pair = cases.groupby(keys)[metric].apply(lambda values: values.mean(skipna=False)).unstack("trainer")
+    if STOCK not in of_pair:
+        return {}
+    others = of_pair.drop(columns=STOCK).sub(of_pair[STOCK], axis=0)
+    return {name: others[name].unstack("class").dropna(how="all") for name in others}
+
+
+def interval(values: pd.Series) -> tuple[float, float]:
+    """95 % bootstrap interval (BCa) of the mean over cases; NaN where all are equal."""
+    if values.nunique() < 2:
+        return np.nan, np.nan
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    found = bootstrap((values.to_numpy(),), np.mean, random_state=generator).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def wilcoxon_p(values: pd.Series) -> float:
+    """Two-sided Wilcoxon signed-rank test over cases; NaN where nothing differs."""
+    return float(wilcoxon(values).pvalue) if values.any() else np.nan
+
+
+def difference_rows(cases: pd.DataFrame) -> pd.DataFrame:
+    """A row for each trainer, metric and class, and for the mean of the classes."""
+    rows = []
+    for metric, title in METRICS.items():
+        for trainer, table in differences(cases, metric).items():
+            for name, values in [("mean", table.mean(axis=1)), *table.items()]:
+                values = values.dropna()
+                low, high = interval(values)
+                better = (values > 0).sum() if metric in IN_PERCENT else (values < 0).sum()
+                numbers = {"mean": values.mean(), "low": low, "high": high, "better": better, "p": wilcoxon_p(values)}
+                about = {"trainer": trainer, "metric": title, "class": name, "cases": len(values)}
+                rows.append({**about, **numbers})
+    return pd.DataFrame(rows)
+
+
+def costs_of(result: dict) -> dict[str, float]:
+    """What a run took; NaN for what was not measured."""
+    seconds = epoch_seconds(result)
+    return {
+        "parameters, M": result.get("parameters", np.nan) / 1e6,
+        "step, s": np.median(seconds) / result.get("iterations", np.nan) if len(seconds) else np.nan,
+        "training, min": seconds.sum() / 60 if len(seconds) else np.nan,
+        "peak memory, MiB": result.get("peak_memory_mib") or np.nan,
+        "prediction of a case, s": result.get("prediction_seconds") or np.nan,
+        "learned in epoch": first_epoch_with(result.get("curves", {}).get("dice_per_class_or_region", [])),
+    }
+
+
+def first_epoch_with(dice: list[list[float]], enough: float = LEARNED) -> float:
+    """The first epoch, counted from 1, in which every class has so much; NaN without one."""
+    return next((number for number, classes in enumerate(dice, 1) if min(classes) >= enough), np.nan)
+
+
+def epoch_seconds(result: dict) -> np.ndarray:
+    """The time of each epoch; none if the run left no curves."""
+    curves = result.get("curves", {"epoch_end_timestamps": [], "epoch_start_timestamps": []})
+    return np.subtract(curves["epoch_end_timestamps"], curves["epoch_start_timestamps"])
