@@ -4,7 +4,8 @@
     python scripts/step_time.py 2 3d_fullres -f 5 -b 4 -tr nnUNetTrainer nnUNetTrainerMeanTeacher -device cpu
 
 Each round takes one labelled batch of the data set and gives it to every trainer, the first one being the reference; a
-semi-supervised trainer gets the second half of it as its unlabelled samples, so all steps have as many. Reported are
+semi-supervised trainer gets the second half of it as its unlabelled samples (copy-paste the last third, which it mixes
+both ways), so that the networks see as many. The step is one of the middle of the training. Reported are
 the median time of a step, the median and quartiles of the ratio to the reference round by round (a machine's speed
 drifts, a ratio of neighbours does not), and the peak of tensor memory above what is held between steps. Then, likewise,
 the time in which each trainer's own loader makes a sample, in this process.
@@ -28,6 +29,7 @@ from machine import machine
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+from nnunetv2_selfreg.training.copy_paste import CopyPaste
 from nnunetv2_selfreg.training.semi_supervised import SemiSupervised
 
 STRAIGHT_PORT = Path(__file__).resolve().parent / "straight_port"
@@ -81,6 +83,7 @@ def build(name: str, arguments: argparse.Namespace) -> Any:
     device = torch.device(arguments.device)
     trainer = get_trainer_from_args(arguments.dataset, arguments.configuration, fold, name, arguments.p, device=device)
     trainer.initialize()
+    trainer.current_epoch = trainer.num_epochs // 2  # past the warm-up of copy-paste
     if arguments.b is not None:
         trainer.batch_size = arguments.b
     trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
@@ -107,14 +110,19 @@ def measure(trainers: dict[str, Any], loader: Any, rounds: int) -> tuple[dict[st
 
 
 def batch_for(trainer: Any, batch: dict) -> dict:
-    """A stock batch as the trainer takes it: for a semi-supervised one its second half has no labels."""
+    """A stock batch as the trainer takes it, so that its network sees as many samples: for a semi-supervised one the
+    last of them have no labels."""
     if not isinstance(trainer, SemiSupervised):
         return batch
-    labeled = len(batch["data"]) - len(batch["data"]) // 2
+    seen = 2 if isinstance(trainer, CopyPaste) else 1  # times that an unlabelled sample goes through the network
+    samples = len(batch["data"])
+    unlabeled = samples // (1 + seen)
+    labeled = samples - seen * unlabeled
     target = batch["target"]
     target = [scale[:labeled] for scale in target] if isinstance(target, list) else target[:labeled]
     stream = trainer.labeled_stream(iter([{**batch, "target": target, "keys": batch["keys"][:labeled]}]))
-    return {**next(stream), "data_weak": batch["data"][labeled:], "keys": batch["keys"]}
+    data = batch["data"][: labeled + unlabeled]
+    return {**next(stream), "data": data, "data_weak": data[labeled:], "keys": batch["keys"][: len(data)]}
 
 
 def measure_loading(trainers: dict[str, Any], rounds: int) -> dict[str, list[float]]:

@@ -5,7 +5,7 @@ from nnunetv2_selfreg.training.selfreg import SelfRegularized
 
 
 class nnUNetTrainerCopyPaste(CopyPaste, nnUNetTrainer):
-    """Semi-supervised: labelled and unlabelled patches pasted into one another, labelled by a teacher (BCP, CVPR 2023)."""
+    """Semi-supervised: labelled and unlabelled patches in one another, a teacher labels the rest (BCP, CVPR 2023)."""
 
 
 class nnUNetTrainerSelfRegCopyPaste(SelfRegularized, nnUNetTrainerCopyPaste):

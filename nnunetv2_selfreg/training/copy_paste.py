@@ -1,8 +1,7 @@
-"""Bidirectional copy-paste: labelled and unlabelled patches in one another, the unlabelled part labelled by a teacher."""
+"""Bidirectional copy-paste: labelled and unlabelled patches in one another; a teacher labels the unlabelled part."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 
@@ -11,20 +10,22 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 
-from nnunetv2_selfreg.losses.copy_paste import at_size, box_masks, mix
+from nnunetv2_selfreg.losses.copy_paste import at_size, both_ways, box_masks, box_sides, largest_components
 from nnunetv2_selfreg.training.teacher import WithTeacher
 
 
 class CopyPaste(WithTeacher):
     """Bidirectional copy-paste (BCP, Bai et al., CVPR 2023) in one training, beside nnU-Net's own samples.
 
-        x_in  = x_l M + x_u (1 - M),    x_out = x_u' M + x_l' (1 - M),    y likewise, of the teacher where x is unlabelled
+        x_in = x_l M + x_u (1 - M),    x_out = x_u M + x_l' (1 - M),    y likewise, the teacher's where x is unlabelled
         L = L_seg(labelled) + v [ L_seg(mixtures, labelled part) + ramp(t) w L_seg(mixtures, unlabelled part) ]
 
-    `M` is 0 in a box of 2/3 of each side at a random place. The teacher labels the weak view, mixtures are made of
-    strong views. Published: first a training with labelled patches in one another, then another with these mixtures
-    alone and without a ramp. Our decisions: for the first tenth both parts of a mixture are labelled ones, then the
-    ramp; the plain labelled samples stay in the batch, so that SelfReg and the supervised signal are nnU-Net's.
+    `M` is 0 in a box of 2/3 of each side at a random place. `L_seg` of a part is nnU-Net's loss, all other voxels being
+    ignored. The teacher labels the weak view, mixtures are made of strong views.
+
+    Published: a training with labelled patches in one another, then another one with these mixtures alone, without a
+    ramp. Our decisions: one training, whose first tenth mixes labelled samples; then the ramp; the plain labelled
+    samples stay in the batch; an unlabelled sample is in both mixtures, published are two different ones.
     """
 
     box_ratio: float = 2 / 3
@@ -35,6 +36,9 @@ class CopyPaste(WithTeacher):
     """`w`, the published value."""
     warm_up: float = 0.1
     """Share of the training in which the mixtures are of labelled samples."""
+    largest_component: bool = False
+    """Whether the teacher's labels keep only the largest connected component of each class or region (published; wrong
+    for structures of several parts). Computed on the CPU."""
     ramp_up_length = 0.4
 
     def initialize(self) -> None:
@@ -42,40 +46,41 @@ class CopyPaste(WithTeacher):
         self._require("mixture_weight", 0 <= self.mixture_weight < math.inf, "finite and 0 at least")
         self._require("unlabeled_weight", 0 <= self.unlabeled_weight < math.inf, "finite and 0 at least")
         self._require("warm_up", 0 <= self.warm_up < 1, "in [0, 1)")
-        box_masks(1, self.configuration_manager.patch_size, self.box_ratio)  # raises if the box is empty
+        box_sides(self.configuration_manager.patch_size, self.box_ratio)  # raises if the box is empty
         super().initialize()
         self._terms: dict[str, Tensor] = {}
 
     def _build_loss(self) -> nn.Module:
-        loss = super()._build_loss()
-        self._partial_loss = that_ignores(copy.deepcopy(loss), self.label_manager)
-        return loss
+        # Of the parts of mixtures, with voxels to ignore whether or not the data set has such.
+        self._partial_loss = that_ignores(super()._build_loss(), self.label_manager)
+        return super()._build_loss()
 
     def student_batch(self, batch: dict) -> dict:
+        """The labelled samples, then for each unlabelled one both mixtures, whose targets are `mixed_target` at every
+        scale, labelled where `labeled_part` `(2 U, 1, *spatial)` is True."""
         target = _as_list(batch["target"])
         labeled, strong = batch["data"][: len(target[0])], batch["data"][len(target[0]) :]
-        mine = torch.arange(len(strong), device=strong.device) % len(labeled)  # a labelled partner for each
-        partner_image, partner_target = labeled[mine], [scale[mine] for scale in target]
+        if not len(labeled):
+            raise ValueError(
+                f"{type(self).__name__} needs labelled samples to mix with: this batch has no labelled sample"
+            )
+        partner = torch.arange(len(strong), device=strong.device) % len(labeled)
+        mine = [labeled[partner], *(scale[partner] for scale in target)]
         if self.progress < self.warm_up:
-            other_image, other_target = partner_image.roll(1, 0), [scale.roll(1, 0) for scale in partner_target]
+            theirs = [values.roll(1, 0) for values in mine]
         else:
-            other_image, other_target = strong, self._pseudo_labels(batch["data_weak"], target)
+            theirs = [strong, *self.pseudo_labels(batch["data_weak"], target)]
         masks = box_masks(len(strong), strong.shape[2:], self.box_ratio, strong.device)
-        # The second mixture has other pairs than the first.
-        outside = [mix(partner_image, other_image, masks), mix(other_image, partner_image.roll(1, 0), masks)]
-        mixed = [
-            torch.cat((mix(mine_, theirs, masks), mix(theirs, mine_.roll(1, 0), masks)))
-            for mine_, theirs in zip(partner_target, other_target, strict=True)
-        ]
+        mixtures, *mixed_target = [both_ways(a, b, masks) for a, b in zip(mine, theirs, strict=True)]
         return {
             **batch,
-            "data": torch.cat((labeled, *outside)),
-            "mixed_target": mixed,
+            "data": torch.cat((labeled, mixtures)),
+            "mixed_target": mixed_target,
             "labeled_part": torch.cat((masks, ~masks)),
         }
 
     @torch.no_grad()
-    def _pseudo_labels(self, weak: Tensor, target: Sequence[Tensor]) -> list[Tensor]:
+    def pseudo_labels(self, weak: Tensor, target: Sequence[Tensor]) -> list[Tensor]:
         """The teacher's labels of the weak views, in the form and at the scales of `target`."""
         probabilities = self.teacher_probabilities(weak)
         if self.label_manager.has_regions:
@@ -84,11 +89,13 @@ class CopyPaste(WithTeacher):
             labels = torch.cat((labels, torch.zeros_like(labels[:, :extra])), 1)
         else:
             labels = probabilities.argmax(1, keepdim=True)
+        if self.largest_component:
+            labels = largest_components(labels, self.label_manager.has_regions)
         return [at_size(labels, scale.shape[2:]).to(scale.dtype) for scale in target]
 
     def semi_supervised_loss(self, output, target, batch) -> Tensor:
         supervised = self.supervised_loss(output, target)
-        mixtures = [scale[len(_as_list(target)[0]) :] for scale in output]
+        mixtures = [scale[-len(batch["labeled_part"]) :] for scale in output]
         labeled = self._loss_of_part(mixtures, batch["mixed_target"], batch["labeled_part"])
         unlabeled = self._loss_of_part(mixtures, batch["mixed_target"], ~batch["labeled_part"])
         weight = 1.0 if self.progress < self.warm_up else self.unlabeled_weight * self.ramp

@@ -138,8 +138,8 @@ def test_uncertainty_is_of_the_passes_and_the_target_one_more(epoch, run):
     trainer = start(aware.build())
     trainer.current_epoch = epoch
     batch = next(trainer.dataloader_train)
-    passes, one_pass = [], trainer._teacher_probabilities
-    trainer._teacher_probabilities = lambda weak: passes.append(one_pass(weak)) or passes[-1]
+    passes, one_pass = [], trainer._noisy_probabilities
+    trainer._noisy_probabilities = lambda weak: passes.append(one_pass(weak)) or passes[-1]
     trainer.ramp_up_length = 1.0
     target, kept = trainer.teach(batch["data_weak"])
     assert len(passes) == 9

@@ -66,6 +66,7 @@ def copied_weights(trainer, part: str) -> list[torch.Tensor]:
 TERMS = {
     "nnUNetTrainerSelfReg": {"segmentation", "scr", "ifd"},
     "nnUNetTrainerSelfRegUAMeanTeacher": {"segmentation", "scr", "ifd", "consistency", "kept_voxels", "student_dice"},
+    "nnUNetTrainerSelfRegCopyPaste": {"segmentation", "scr", "ifd", "labeled_part", "unlabeled_part", "student_dice"},
     "nnUNetTrainerDualTask": {"segmentation", "distance", "consistency"},
     "nnUNetTrainerSelfRegDualTaskMutual": {"segmentation", "scr", "ifd", "distance", "consistency"},
 }
@@ -93,7 +94,7 @@ def test_ranks_see_different_batches_and_agree_on_the_weights(ranks):
 
 def test_unlabelled_samples_are_divided_among_the_ranks(ranks):
     results, _, terms = ranks
-    expected = [2, 1] if "consistency" in terms else [0, 0]
+    expected = [2, 1] if terms & {"consistency", "unlabeled_part"} else [0, 0]
     assert [result["unlabeled"] for result in results] == [[share] * ITERATIONS for share in expected]
 
 

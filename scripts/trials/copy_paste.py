@@ -1,0 +1,100 @@
+"""Variants of copy-paste that docs/copy-paste.md reports on: found with `nnUNet_extTrainer=trainers:scripts/trials`."""
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunetv2_selfreg.training.copy_paste import CopyPaste
+
+
+class nnUNetTrainerCopyPasteSmallBox(CopyPaste, nnUNetTrainer):
+    """A box of a third of each side."""
+
+    box_ratio = 1 / 3
+
+
+class nnUNetTrainerCopyPasteHalfBox(CopyPaste, nnUNetTrainer):
+    """A box of half of each side."""
+
+    box_ratio = 1 / 2
+
+
+class nnUNetTrainerCopyPasteUnlabeled0(CopyPaste, nnUNetTrainer):
+    """Only the labelled part of mixtures counts: the unlabelled voxels are a background for it."""
+
+    unlabeled_weight = 0.0
+
+
+class nnUNetTrainerCopyPasteUnlabeled1(CopyPaste, nnUNetTrainer):
+    """An unlabelled voxel counts as much as a labelled one."""
+
+    unlabeled_weight = 1.0
+
+
+class nnUNetTrainerCopyPasteMixture1(CopyPaste, nnUNetTrainer):
+    """Mixtures count as much as labelled samples."""
+
+    mixture_weight = 1.0
+
+
+class nnUNetTrainerCopyPasteNoWarmUp(CopyPaste, nnUNetTrainer):
+    """Unlabelled patches from the first step on."""
+
+    warm_up = 0.0
+
+
+class nnUNetTrainerCopyPasteLongWarmUp(CopyPaste, nnUNetTrainer):
+    """Mixtures of labelled samples for 40 % of the training."""
+
+    warm_up = 0.4
+
+
+class nnUNetTrainerCopyPasteLabeledOnly(CopyPaste, nnUNetTrainer):
+    """Mixtures of labelled samples to the end: an augmentation, without any unlabelled voxel."""
+
+    warm_up = 0.999999
+
+
+class nnUNetTrainerCopyPasteNoRamp(CopyPaste, nnUNetTrainer):
+    """Full weight right after the warm-up, as published."""
+
+    ramp_up_length = 1e-6
+
+
+class nnUNetTrainerCopyPasteNoTeacher(CopyPaste, nnUNetTrainer):
+    """The network labels for itself, and is what predicts."""
+
+    ema_decay = 0.0
+
+
+class nnUNetTrainerCopyPasteLargest(CopyPaste, nnUNetTrainer):
+    """The largest component of each class in the teacher's labels, as published."""
+
+    largest_component = True
+
+
+class nnUNetTrainerCopyPasteOneView(CopyPaste, nnUNetTrainer):
+    """The teacher reads the strong view too, as published."""
+
+    def student_batch(self, batch):
+        return super().student_batch({**batch, "data_weak": batch["data"][-len(batch["data_weak"]) :]})
+
+
+class nnUNetTrainerCopyPasteWeakViews(CopyPaste, nnUNetTrainer):
+    """The unlabelled part of mixtures is of weak views."""
+
+    def student_batch(self, batch):
+        weak = batch["data_weak"]
+        return super().student_batch({**batch, "data": torch.cat((batch["data"][: -len(weak)], weak))})
+
+
+class nnUNetTrainerCopyPasteMixturesOnly(CopyPaste, nnUNetTrainer):
+    """The published batch: the student sees mixtures alone."""
+
+    mixture_weight = 1.0
+
+    def student_batch(self, batch):
+        mixed = super().student_batch(batch)
+        return {**mixed, "data": mixed["data"][-len(mixed["labeled_part"]) :]}
+
+    def supervised_loss(self, output, _target):
+        return 0 * output[0].sum()
