@@ -56,6 +56,7 @@ def train(rank: int, folder: str, run: Run) -> None:
         },
         f"{folder}/rank{rank}.pth",
     )
+    dist.barrier()  # else the first to leave closes a connection that the other still uses
     dist.destroy_process_group()
 
 
