@@ -1,5 +1,6 @@
 """Two processes with gloo on the CPU drive the trainer as `-num_gpus 2` would on two GPUs."""
 
+import gc
 import os
 import tempfile
 
@@ -56,7 +57,10 @@ def train(rank: int, folder: str, run: Run) -> None:
         },
         f"{folder}/rank{rank}.pth",
     )
-    dist.barrier()  # else the first to leave closes a connection that the other still uses
+    dist.barrier()
+    # DDP and the process group end here: their threads must not live until the interpreter does.
+    del trainer, step, recorded
+    gc.collect()
     dist.destroy_process_group()
 
 
