@@ -58,8 +58,8 @@ def train(rank: int, folder: str, run: Run) -> None:
         f"{folder}/rank{rank}.pth",
     )
     dist.barrier()
-    # DDP and the process group end here: their threads must not live until the interpreter does.
-    del trainer, step, recorded
+    # DDP ends before the process group, not when the interpreter does: their threads must not live so long.
+    vars(trainer).clear()
     gc.collect()
     dist.destroy_process_group()
 
