@@ -1,5 +1,6 @@
 """Two processes with gloo on the CPU drive the trainer as `-num_gpus 2` would on two GPUs."""
 
+import gc
 import os
 import tempfile
 
@@ -56,6 +57,10 @@ def train(rank: int, folder: str, run: Run) -> None:
         },
         f"{folder}/rank{rank}.pth",
     )
+    dist.barrier()
+    # DDP ends before the process group, not when the interpreter does: their threads must not live so long.
+    vars(trainer).clear()
+    gc.collect()
     dist.destroy_process_group()
 
 
