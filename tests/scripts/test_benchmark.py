@@ -422,6 +422,7 @@ def test_half_preprocessed_folder_is_made_anew_only_if_it_was_begun_here(protoco
 
 def test_killed_preparation_is_waited_for(protocol, monkeypatch):
     monkeypatch.setenv("nnUNet_preprocessed", str(protocol / "new"))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # nnU-Net's planner sets so many threads
     (protocol / "new").mkdir()
     script = f"import pathlib, protocol; protocol.PROTOCOLS = pathlib.Path({str(protocol / 'protocols')!r})\n"
     script += f"protocol.Protocol.load('tiny', 'cpu').prepare(pathlib.Path({str(protocol / 'log.txt')!r}))"
