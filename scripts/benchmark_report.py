@@ -66,7 +66,11 @@ def _difference_table(rows: pd.DataFrame) -> list[str]:
     """Of the mean over classes; differences.csv has each class."""
     if rows.empty:
         return []
-    lines = ["Paired over cases, each averaged over its repetitions and classes (each class: differences.csv).", ""]
+    lines = [
+        "Paired over cases, each averaged over its repetitions and classes (each class: differences.csv). A repetition "
+        "of stock is compared with the others of stock: no trainer needs to be better for differences of that size.",
+        "",
+    ]
     lines += _head("trainer minus stock", "metric", "cases", "mean", "95 % interval", "better cases", "Wilcoxon p")
     for _, row in rows[rows["class"] == "mean"].iterrows():
         numbers = [f"{row['mean']:+.2f}", f"{row['low']:+.2f} to {row['high']:+.2f}", row["better"], f"{row['p']:.2g}"]
@@ -76,16 +80,17 @@ def _difference_table(rows: pd.DataFrame) -> list[str]:
 
 def _cost_table(results: list[dict]) -> list[str]:
     """Medians over runs; a dash where no run has been measured."""
-    costs = pd.DataFrame([{"trainer": result["trainer"], **costs_of(result)} for result in results])
+    about = ["trainer", "machine"]
+    costs = pd.DataFrame([{name: result[name] for name in about} | costs_of(result) for result in results])
     lines = [
         "Medians over runs. A step is an epoch's time by its training steps, so its share of the online validation is "
         "in it (scripts/step_time.py compares steps alone); a prediction is one with mirroring. A trainer has learned "
         f"in the first epoch with a pseudo Dice of {LEARNED} in every class.",
         "",
     ]
-    lines += _head("trainer", *costs.columns[1:])
-    for trainer, row in costs.groupby("trainer").median().iterrows():
-        lines.append(_row(trainer, *map(_as_cost, row)))
+    lines += _head(*costs.columns)
+    for key, row in costs.groupby(about).median().iterrows():
+        lines.append(_row(*key, *map(_as_cost, row)))
     return lines
 
 
@@ -94,6 +99,8 @@ def _with_spread(values: pd.Series) -> str:
 
 
 def _as_cost(value: float) -> str:
+    if np.isinf(value):
+        return "never"
     return "–" if np.isnan(value) else f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
