@@ -29,7 +29,6 @@ from machine import machine
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from nnunetv2_selfreg.training.copy_paste import CopyPaste
 from nnunetv2_selfreg.training.semi_supervised import SemiSupervised
 
 STRAIGHT_PORT = Path(__file__).resolve().parent / "straight_port"
@@ -114,10 +113,11 @@ def batch_for(trainer: Any, batch: dict) -> dict:
     last of them have no labels."""
     if not isinstance(trainer, SemiSupervised):
         return batch
-    seen = 2 if isinstance(trainer, CopyPaste) else 1  # times that an unlabelled sample goes through the network
-    samples = len(batch["data"])
-    unlabeled = samples // (1 + seen)
-    labeled = samples - seen * unlabeled
+    samples, passes = len(batch["data"]), trainer.passes_of_unlabeled
+    unlabeled = samples // (1 + passes)
+    if not unlabeled:
+        raise ValueError(f"{samples} samples are too few for {type(trainer).__name__}: -b {1 + passes} at least")
+    labeled = samples - passes * unlabeled
     target = batch["target"]
     target = [scale[:labeled] for scale in target] if isinstance(target, list) else target[:labeled]
     stream = trainer.labeled_stream(iter([{**batch, "target": target, "keys": batch["keys"][:labeled]}]))

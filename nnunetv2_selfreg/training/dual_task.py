@@ -44,7 +44,6 @@ class DistanceTask(SemiSupervised):
         self._require("sharpness", 0 < self.sharpness < math.inf, "finite and greater than 0")
         super().initialize()
         self.foreground = Foreground.of(self.label_manager)
-        self._terms: dict[str, Tensor] = {}
         self.distance_module = self._like_the_network(self.build_distance_module())
         self.distance_optimizer, self.distance_schedule = self._optimizer_of(self.distance_module)
 
@@ -94,13 +93,8 @@ class DistanceTask(SemiSupervised):
 
     def combined(self, supervised: dict[str, Tensor], weights: dict[str, float], agreement: Tensor) -> Tensor:
         """The weighted sum of the supervised terms and the ramped agreement, which are kept for the log."""
-        terms = {**supervised, "consistency": agreement}
-        self._terms = {name: term.detach() for name, term in terms.items()}
-        self._terms["consistency_weight"] = torch.tensor(self.ramp)
+        self.keep_terms({**supervised, "consistency": agreement, "consistency_weight": torch.tensor(self.ramp)})
         return sum(weights.get(name, 1.0) * term for name, term in supervised.items()) + self.ramp * agreement
-
-    def loss_terms(self) -> dict[str, Tensor]:
-        return {**self._terms, **super().loss_terms()}
 
     def extra_state(self) -> dict:
         weights, optimizer = unwrap(self.distance_module).state_dict(), self.distance_optimizer.state_dict()

@@ -30,7 +30,6 @@ class MeanTeacher(WithTeacher):
         self._require("consistency_weight", 0 <= self.consistency_weight < math.inf, "finite and 0 at least")
         self._require("teacher_noise", self.teacher_noise >= 0, "0 at least")
         super().initialize()
-        self._terms: dict[str, Tensor] = {}
 
     def semi_supervised_loss(self, output, target, batch) -> Tensor:
         supervised = self.supervised_loss(output, target)
@@ -39,13 +38,9 @@ class MeanTeacher(WithTeacher):
             teacher, kept = self.teach(batch["data_weak"])
         consistency = squared_consistency(student, teacher, kept)
         weight = self.consistency_weight * self.ramp
-        self._terms = {
-            "segmentation": supervised.detach(),
-            "consistency": consistency.detach(),
-            "consistency_weight": torch.tensor(weight),
-        }
-        if kept is not None:
-            self._terms["kept_voxels"] = kept.float().mean()
+        kept_voxels = {} if kept is None else {"kept_voxels": kept.float().mean()}
+        weighted = {"consistency": consistency, "consistency_weight": torch.tensor(weight)}
+        self.keep_terms({"segmentation": supervised, **weighted, **kept_voxels})
         return supervised + weight * consistency
 
     def teach(self, weak: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -55,9 +50,6 @@ class MeanTeacher(WithTeacher):
     def _noisy_probabilities(self, weak: Tensor) -> Tensor:
         noise = torch.randn_like(weak) * self.teacher_noise
         return self.teacher_probabilities(weak + noise.clamp(-2 * self.teacher_noise, 2 * self.teacher_noise))
-
-    def loss_terms(self) -> dict[str, Tensor]:
-        return {**self._terms, **super().loss_terms()}
 
 
 class UncertaintyAwareMeanTeacher(MeanTeacher):

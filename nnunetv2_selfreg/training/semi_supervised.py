@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,7 +27,8 @@ from nnunetv2_selfreg.training.reliable import ReliableTraining
 class SemiSupervised(ReliableTraining):
     """Trains on batches whose first samples are labelled (see TwoStreamLoader for the batch).
 
-    A family implements :meth:`semi_supervised_loss`, and :meth:`after_step` if something follows the optimiser. The
+    A family implements :meth:`semi_supervised_loss`, :meth:`student_batch` if the network sees other samples than the
+    loader's, and :meth:`after_step` if something follows the optimiser. The
     cascade is not supported: an unlabelled case has no segmentation of the stage before.
     """
 
@@ -37,6 +38,8 @@ class SemiSupervised(ReliableTraining):
     ramp_up_length: float = 1.0
     """Share of the training after which the unlabelled term has its full weight; the ramp is Gaussian."""
 
+    passes_of_unlabeled: int = 1
+    """How often an unlabelled sample goes through the network in a step."""
     _steps_in_epoch = 0
     _needs_unlabeled = True
 
@@ -44,8 +47,8 @@ class SemiSupervised(ReliableTraining):
         """The loss of a step.
 
         Args:
-            output: the network's outputs for `batch["data"]`, `(L + U, K, *spatial)`, highest resolution first; one
-                without deep supervision.
+            output: the network's outputs for `batch["data"]`, the `L` labelled samples first, `(B, K, *spatial)`,
+                highest resolution first; one without deep supervision.
             target: of the `L` labelled samples, as nnU-Net's loss takes it.
             batch: the batch on the device.
         """
@@ -60,9 +63,19 @@ class SemiSupervised(ReliableTraining):
 
     def supervised_loss(self, output: Sequence[Tensor], target) -> Tensor:
         """The trainer's loss of the labelled samples."""
-        if isinstance(target, list):
-            return self.loss([scale[: len(target[0])] for scale in output], target)
-        return self.loss(output[0][: len(target)], target)
+        target = as_list(target)
+        return self.apply_loss(self.loss, [scale[: len(target[0])] for scale in output], target)
+
+    def apply_loss(self, loss: nn.Module, output: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
+        """A loss of nnU-Net's: with deep supervision it takes lists, otherwise the tensors."""
+        return loss(output, target) if self.enable_deep_supervision else loss(output[0], target[0])
+
+    def keep_terms(self, terms: Mapping[str, Tensor]) -> None:
+        """Notes the terms of a step's loss for the log."""
+        self._terms = {name: term.detach() for name, term in terms.items()}
+
+    def loss_terms(self) -> dict[str, Tensor]:
+        return {**self._terms, **super().loss_terms()}
 
     @property
     def ramp(self) -> float:
@@ -82,6 +95,7 @@ class SemiSupervised(ReliableTraining):
             )
         self._require("ramp_up_length", self.ramp_up_length > 0, "greater than 0")
         super().initialize()
+        self._terms: dict[str, Tensor] = {}
 
     def _require(self, name: str, fulfilled: bool, what: str) -> None:
         if not fulfilled:
@@ -193,6 +207,11 @@ class SemiSupervised(ReliableTraining):
             raise ValueError(f"unlabeled_batch_size is {self.unlabeled_batch_size}, fewer than the {world} processes")
         share, rest = divmod(self.unlabeled_batch_size, world)
         return share + (self.local_rank < rest)
+
+
+def as_list(target: Tensor | list[Tensor]) -> list[Tensor]:
+    """nnU-Net's target at every scale; one without deep supervision."""
+    return target if isinstance(target, list) else [target]
 
 
 @contextmanager

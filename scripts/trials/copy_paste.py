@@ -43,15 +43,16 @@ class nnUNetTrainerCopyPasteNoWarmUp(CopyPaste, nnUNetTrainer):
 
 
 class nnUNetTrainerCopyPasteLongWarmUp(CopyPaste, nnUNetTrainer):
-    """Mixtures of labelled samples for 40 % of the training."""
+    """Mixtures of labelled samples for 40 % of the training, and a ramp that ends at 70 % (as long after it)."""
 
     warm_up = 0.4
+    ramp_up_length = 0.7
 
 
 class nnUNetTrainerCopyPasteLabeledOnly(CopyPaste, nnUNetTrainer):
     """Mixtures of labelled samples to the end: an augmentation, without any unlabelled voxel."""
 
-    warm_up = 0.999999
+    warm_up = 1.0
 
 
 class nnUNetTrainerCopyPasteNoRamp(CopyPaste, nnUNetTrainer):
@@ -88,13 +89,13 @@ class nnUNetTrainerCopyPasteWeakViews(CopyPaste, nnUNetTrainer):
 
 
 class nnUNetTrainerCopyPasteMixturesOnly(CopyPaste, nnUNetTrainer):
-    """The published batch: the student sees mixtures alone."""
+    """The published batch: the student sees mixtures alone, with full weight, so 4 samples a step instead of 6."""
 
     mixture_weight = 1.0
 
     def student_batch(self, batch):
         mixed = super().student_batch(batch)
-        return {**mixed, "data": mixed["data"][-len(mixed["labeled_part"]) :]}
+        return {**mixed, "data": mixed["data"][-len(mixed["unlabeled_part"]) :]}
 
     def supervised_loss(self, output, _target):
         return 0 * output[0].sum()

@@ -36,6 +36,33 @@ CONSISTENCY_WEIGHTS = {
 }
 
 
+COPY_PASTE = {
+    "SmallBox": {"box_ratio": 1 / 3},
+    "HalfBox": {"box_ratio": 1 / 2},
+    "Unlabeled0": {"unlabeled_weight": 0},
+    "Unlabeled1": {"unlabeled_weight": 1},
+    "Mixture1": {"mixture_weight": 1},
+    "NoWarmUp": {"warm_up": 0},
+    "LongWarmUp": {"warm_up": 0.4, "ramp_up_length": 0.7},
+    "LabeledOnly": {"warm_up": 1},
+    "NoRamp": {"ramp_up_length": 1e-6},
+    "NoTeacher": {"ema_decay": 0},
+    "Largest": {"largest_component": True},
+    "OneView": {},
+    "WeakViews": {},
+    "MixturesOnly": {"mixture_weight": 1},
+}
+DEFAULTS = {
+    "box_ratio": 2 / 3,
+    "unlabeled_weight": 0.5,
+    "mixture_weight": 0.5,
+    "warm_up": 0.1,
+    "ramp_up_length": 0.4,
+    "ema_decay": 0.99,
+    "largest_component": False,
+}
+
+
 @pytest.fixture
 def started(data_sets, tmp_path, monkeypatch):
     """A variant of a trainer, built by nnU-Net and ready for its first step."""
@@ -109,3 +136,36 @@ def test_variant_of_mean_teacher(variant, started):
     labeled = len(batch["data"]) - len(batch["data_weak"])
     assert len(batch["data_weak"]) == labeled * (2 if variant == "Double" else 1)
     assert torch.equal(batch["data"][-len(batch["data_weak"]) :], expected)
+
+
+@pytest.mark.parametrize("variant", COPY_PASTE)
+def test_variant_of_copy_paste(variant, started):
+    trainer = started(f"nnUNetTrainerCopyPaste{variant}")
+    assert {name: getattr(trainer, name) for name in DEFAULTS} == {**DEFAULTS, **COPY_PASTE[variant]}
+    trainer.current_epoch = trainer.num_epochs // 2
+    trainer.on_train_epoch_start()
+    batch = next(trainer.dataloader_train)
+    count = len(batch["data_weak"])
+    strong, weak = batch["data"][-count:], batch["data_weak"]
+    asked, seen = [], []
+    labels, network = trainer.pseudo_labels, trainer.network.forward
+    trainer.pseudo_labels = lambda images, target: asked.append(images) or labels(images, target)
+    trainer.network.forward = lambda images: seen.append(images) or network(images)
+    outputs = trainer.train_step(batch)
+    assert outputs["loss"] == pytest.approx(
+        outputs["segmentation"]
+        + trainer.mixture_weight * (outputs["labeled_part"] + outputs["unlabeled_weight"] * outputs["unlabeled_part"]),
+        rel=1e-4,
+    )
+    student = seen[-1]
+    if variant == "LabeledOnly":
+        assert not asked
+        return
+    assert torch.equal(asked[0], strong if variant == "OneView" else weak)
+    pasted = weak if variant == "WeakViews" else strong
+    inward = student[-2 * count : -count]  # the middle of a patch is in every box of two thirds
+    middle = tuple(length // 2 for length in student.shape[2:])
+    if trainer.box_ratio > 1 / 2:
+        assert torch.equal(inward[(..., *middle)], pasted[(..., *middle)])
+    assert len(student) == (2 * count if variant == "MixturesOnly" else len(batch["data"]) + count)
+    assert (outputs["segmentation"] == 0) == (variant == "MixturesOnly")

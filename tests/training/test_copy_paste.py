@@ -5,10 +5,14 @@ import copy
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.loss.nnUNetTrainerCELoss import nnUNetTrainerCELoss
+from torch import distributed as dist
 from workspace import Run, start, weights, whole_and_resumed
 
-from nnunetv2_selfreg.losses.copy_paste import at_size
+from nnunetv2_selfreg.mixing import at_size
+from nnunetv2_selfreg.training.copy_paste import CopyPaste
 
 NAME = "nnUNetTrainerCopyPaste_4epochs_2iters"
 VARIANTS = ("labels", "regions", "ignore", "regions_ignore")
@@ -36,59 +40,101 @@ def mixed(trainer) -> tuple[dict, dict]:
     return batch, trainer.student_batch(batch)
 
 
-def test_student_gets_the_labelled_samples_and_both_mixtures_of_strong_views(run):
-    trainer = after_warm_up(run.build())
-    batch, student = mixed(trainer)
-    labeled, strong = batch["data"][:2], batch["data"][2:]
-    assert len(student["data"]) == 6
-    assert torch.equal(student["data"][:2], labeled)
-    inward, outward = student["labeled_part"].chunk(2)
+def at_every_scale(target: torch.Tensor, like: list[torch.Tensor]) -> list[torch.Tensor]:
+    """As nnU-Net's loader makes targets of the one at full resolution."""
+    scales = [[a / b for a, b in zip(scale.shape[2:], target.shape[2:], strict=True)] for scale in like]
+    downsample = DownsampleSegForDSTransform(scales)._apply_to_segmentation
+    return [torch.stack(scale) for scale in zip(*map(downsample, target), strict=True)]
+
+
+def cut(batch: dict, labeled: int, unlabeled: int) -> dict:
+    """A batch of other numbers of samples, made of one of 3 and 3."""
+    data = torch.cat((batch["data"][:labeled], batch["data"][3 : 3 + unlabeled]))
+    target = [scale[:labeled] for scale in batch["target"]]
+    return {**batch, "data": data, "target": target, "data_weak": batch["data_weak"][:unlabeled]}
+
+
+@pytest.fixture
+def three(run):
+    """A trainer with three samples of each kind."""
+    trainer = run.build()
+    trainer.configuration_manager.configuration["batch_size"] = 3
+    return trainer
+
+
+NUMBERS = [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize(("labeled", "unlabeled"), NUMBERS)
+def test_mixtures_go_both_ways_and_have_different_labelled_samples(labeled, unlabeled, three):
+    trainer = after_warm_up(three)
+    batch = cut(next(trainer.dataloader_train), labeled, unlabeled)
+    mine, strong, target = batch["data"][:labeled], batch["data"][labeled:], batch["target"]
+    student = trainer.student_batch(batch)
+    pseudo = trainer.pseudo_labels(batch["data_weak"], target)[0]
+    assert len(student["data"]) == labeled + 2 * unlabeled
+    assert torch.equal(student["data"][:labeled], mine)
+    inward, outward = student["unlabeled_part"].chunk(2)
     assert torch.equal(inward, ~outward)
-    assert torch.equal(student["data"][2:4], torch.where(inward, labeled, strong))
-    assert torch.equal(student["data"][4:], torch.where(inward, strong, labeled.flip(0)))
-    sides = [int(2 / 3 * length) for length in labeled.shape[2:]]
-    assert ((~inward).sum((1, 2, 3, 4)) == np.prod(sides)).all()
+    sides = [int(2 / 3 * length) for length in mine.shape[2:]]
+    assert (inward.sum((1, 2, 3, 4)) == np.prod(sides)).all()
+    mixtures, labels = student["data"][labeled:], student["mixed_target"][0]
+    for u in range(unlabeled):
+        for number, partner, part in ((u, u, inward[u]), (unlabeled + u, u + 1, outward[u])):
+            partner %= labeled
+            assert torch.equal(mixtures[number], torch.where(part, strong[u], mine[partner]))
+            assert torch.equal(labels[number], torch.where(part, pseudo[u], target[0][partner]))
+    for scale, expected in zip(student["mixed_target"], at_every_scale(labels, student["mixed_target"]), strict=True):
+        assert torch.equal(scale, expected)
+
+
+@pytest.mark.parametrize(("labeled", "unlabeled"), NUMBERS)
+def test_mixtures_are_of_labelled_samples_until_the_warm_up_ends(labeled, unlabeled, three):
+    trainer = start(three)
+    trainer.warm_up = 0.25  # one epoch of four
+    trainer.teacher_probabilities = None  # not asked
+    batch = cut(next(trainer.dataloader_train), labeled, unlabeled)
+    mine, target = batch["data"][:labeled], batch["target"][0]
+    student = trainer.student_batch(batch)
+    mixtures, labels = student["data"][labeled:], student["mixed_target"][0]
+    box = student["unlabeled_part"][:unlabeled]
+    for u in range(unlabeled):
+        a, b = u % labeled, (u + 1) % labeled
+        for number, outside, inside in ((u, a, b), (unlabeled + u, b, a)):
+            assert torch.equal(mixtures[number], torch.where(box[u], mine[inside], mine[outside]))
+            assert torch.equal(labels[number], torch.where(box[u], target[inside], target[outside]))
+    if labeled > 1:
+        assert not any(torch.equal(mixture, sample) for mixture in mixtures for sample in mine)
+    for scale, expected in zip(student["mixed_target"], at_every_scale(labels, student["mixed_target"]), strict=True):
+        assert torch.equal(scale, expected)
+
+
+def test_weight_of_the_unlabelled_part_is_full_in_the_warm_up_then_ramped(run):
+    trainer = start(run.build())
+    trainer.warm_up = 0.25
+    assert trainer.train_step(next(trainer.dataloader_train))["unlabeled_weight"] == 1
+    trainer.current_epoch, trainer._steps_in_epoch = 1, 0
+    ramp = np.exp(-5 * (1 - 0.25 / 0.4) ** 2)
+    assert trainer.train_step(next(trainer.dataloader_train))["unlabeled_weight"] == pytest.approx(0.5 * ramp, rel=1e-5)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_teacher_labels_the_weak_views(variant, run, data_sets):
-    """Recomputed from a copy of the teacher; labelled voxels keep their label, ignored ones included."""
+    """Recomputed from a copy of the teacher."""
     trainer = after_warm_up(Run(data_sets.name(variant), "3d_fullres", NAME).build())
     trainer.train_step(next(trainer.dataloader_train))
     trainer.train_step(next(trainer.dataloader_train))  # student and teacher differ from here on
     teacher = copy.deepcopy(trainer.teacher.module)
-    batch, student = mixed(trainer)
+    batch = next(trainer.dataloader_train)
     with torch.no_grad():
         logits = teacher(batch["data_weak"])[0]
-    regions = trainer.label_manager.has_regions
-    pseudo = logits > 0 if regions else logits.argmax(1, keepdim=True)
+    expected = logits > 0 if trainer.label_manager.has_regions else logits.argmax(1, keepdim=True)
     if variant == "regions_ignore":
-        pseudo = torch.cat((pseudo, torch.zeros_like(pseudo[:, :1])), 1)
-    assert pseudo.float().std() > 0
-    target, part = batch["target"][0], student["labeled_part"][:2]
-    assert student["mixed_target"][0].dtype == target.dtype
-    expected = torch.cat([torch.where(part, target, pseudo), torch.where(part, pseudo, target.flip(0))])
-    torch.testing.assert_close(student["mixed_target"][0], expected.to(target.dtype), rtol=0, atol=0)
-    assert [scale.shape[2:] for scale in student["mixed_target"]] == [scale.shape[2:] for scale in batch["target"]]
-
-
-def test_mixtures_are_of_labelled_samples_until_the_warm_up_ends(run):
-    trainer = start(run.build())
-    trainer.warm_up = 0.25  # one epoch of four
-    trainer.teacher_probabilities = None  # not asked
-    batch, student = mixed(trainer)
-    labeled, part = batch["data"][:2], student["labeled_part"][:2]
-    expected = [torch.where(part, labeled, labeled.flip(0)), torch.where(part, labeled.flip(0), labeled.flip(0))]
-    assert torch.equal(student["data"][2:], torch.cat(expected))
-    output = trainer.network(student["data"])
-    trainer.semi_supervised_loss(output, student["target"], student)
-    assert trainer.loss_terms()["unlabeled_weight"] == 1
-    del trainer.teacher_probabilities
-    trainer.current_epoch = 1
-    assert not torch.equal(mixed(trainer)[1]["data"][2:4], torch.cat(expected)[:2])
-    trainer.train_step(next(trainer.dataloader_train))
-    ramp = np.exp(-5 * (1 - 0.25 / 0.4) ** 2)
-    assert float(trainer.loss_terms()["unlabeled_weight"]) == pytest.approx(0.5 * ramp, rel=1e-5)
+        expected = torch.cat((expected, torch.zeros_like(expected[:, :1])), 1)
+    assert expected.float().std() > 0
+    found = trainer.pseudo_labels(batch["data_weak"], batch["target"])
+    assert found[0].dtype == batch["target"][0].dtype
+    torch.testing.assert_close(found[0], expected.to(found[0].dtype), rtol=0, atol=0)
 
 
 def cropped(values: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
@@ -98,13 +144,18 @@ def cropped(values: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     return values[(..., *(slice(int(a), int(b) + 1) for a, b in zip(first, last, strict=True)))]
 
 
+def of_both_halves(loss, output: list, target: list) -> torch.Tensor:
+    """L(x_in) + L(x_out)."""
+    return sum(loss(*([scale.chunk(2)[half] for scale in scales] for scales in (output, target))) for half in (0, 1))
+
+
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_of_a_box_is_nnunets_loss_of_the_cropped_box(variant, configuration, data_sets, results):
     trainer = after_warm_up(Run(data_sets.name(variant), configuration, NAME).build())
     batch, student = mixed(trainer)
-    box = ~student["labeled_part"][:1]  # the same for all samples, so that they can be cropped
-    count = len(student["labeled_part"])
+    box = student["unlabeled_part"][:1]  # the same for all samples, so that they can be cropped
+    count = len(student["unlabeled_part"])
     with torch.no_grad():
         output = [3 * torch.randn_like(scale) for scale in trainer.network(student["data"])]
     mixtures, target = [scale[-count:] for scale in output], student["mixed_target"]
@@ -112,23 +163,34 @@ def test_loss_of_a_box_is_nnunets_loss_of_the_cropped_box(variant, configuration
     pairs = [
         [cropped(values, part) for values, part in zip(scales, parts, strict=True)] for scales in (mixtures, target)
     ]
-    expected = nnUNetTrainer._build_loss(trainer)(*pairs)
-    student["labeled_part"] = box.expand(count, -1, *box.shape[2:])
+    expected = of_both_halves(nnUNetTrainer._build_loss(trainer), *pairs)
+    student["unlabeled_part"] = box.expand(count, -1, *box.shape[2:])
+    trainer.semi_supervised_loss(output, batch["target"], student)
+    torch.testing.assert_close(trainer.loss_terms()["unlabeled_part"], expected, rtol=1e-5, atol=1e-5)
+    student["unlabeled_part"] = ~student["unlabeled_part"]
     trainer.semi_supervised_loss(output, batch["target"], student)
     torch.testing.assert_close(trainer.loss_terms()["labeled_part"], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("deep_supervision", [True, False])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_loss_of_everything_is_nnunets_loss(variant, data_sets, results):
-    trainer = after_warm_up(Run(data_sets.name(variant), "3d_fullres", NAME).build())
+def test_loss_of_everything_is_nnunets_loss(variant, deep_supervision, data_sets, results):
+    trainer = Run(data_sets.name(variant), "3d_fullres", NAME).build()
+    trainer.enable_deep_supervision = deep_supervision
+    trainer = after_warm_up(trainer)
     batch, student = mixed(trainer)
     output = trainer.network(student["data"])
-    student["labeled_part"] = torch.ones_like(student["labeled_part"])
+    output = output if deep_supervision else [output]
+    student["unlabeled_part"] = torch.zeros_like(student["unlabeled_part"])
     loss = trainer.semi_supervised_loss(output, batch["target"], student)
-    mixtures = [scale[2:] for scale in output]
-    expected = nnUNetTrainer._build_loss(trainer)(mixtures, student["mixed_target"])
+    stock = nnUNetTrainer._build_loss(trainer)
+    stock = (
+        stock if deep_supervision else lambda output, target: nnUNetTrainer._build_loss(trainer)(output[0], target[0])
+    )
+    expected = of_both_halves(stock, [scale[2:] for scale in output], student["mixed_target"])
     torch.testing.assert_close(trainer.loss_terms()["labeled_part"], expected.detach())
     assert torch.isfinite(loss)  # though nothing is unlabelled
+    assert np.isfinite(trainer.train_step(batch)["loss"])
 
 
 @pytest.mark.parametrize("variant", ["ignore", "regions_ignore"])
@@ -170,14 +232,18 @@ def test_weight_0_leaves_the_labelled_part(name, run):
     labeled = trainer.mixture_weight * terms["labeled_part"]
     torch.testing.assert_close(loss.detach(), stock + labeled)
     gradient = output[0].grad[2:].abs().sum(1, keepdim=True)
-    assert (gradient[~student["labeled_part"]] == 0).all()
+    assert (gradient[student["unlabeled_part"]] == 0).all()
     assert (gradient.sum() > 0) == (name == "unlabeled_weight")
 
 
 def test_teacher_gets_no_gradient_and_follows(run):
     trainer = after_warm_up(run.build())
+    trainer.teacher.requires_grad_(True)
+    modes, run_teacher = [], trainer._run_teacher
+    trainer._run_teacher = lambda image: modes.append(torch.is_grad_enabled()) or run_teacher(image)
     before = weights(trainer.teacher.module)
     trainer.train_step(next(trainer.dataloader_train))
+    assert modes == [False]
     assert all(p.grad is None for p in trainer.teacher.parameters())
     assert not torch.equal(before[0], weights(trainer.teacher.module)[0])
 
@@ -192,28 +258,21 @@ def test_selfreg_sees_all_that_the_student_sees(data_sets, results):
     assert trainer.loss.taps.empty
 
 
-def test_largest_component_of_the_teachers_labels(run):
-    trainer = after_warm_up(run.build())
+@pytest.mark.parametrize("variant", ["labels", "regions_ignore"])
+def test_largest_component_of_the_teachers_labels(variant, data_sets, results):
+    trainer = after_warm_up(Run(data_sets.name(variant), "3d_fullres", NAME).build())
     trainer.largest_component = True
-    spots = torch.zeros(2, 3, *trainer.configuration_manager.patch_size)
-    spots[:, 0] = 0.5
-    spots[:, 1, 2:5, 2:5, 2:5] = 1
-    spots[:, 1, 7, 7, 7] = 1
+    regions = variant == "regions_ignore"
+    spots = torch.zeros(2, 2 if regions else 3, *trainer.configuration_manager.patch_size)
+    spots[:, 0] = 0.4
+    organ = spots[:, 0 if regions else 1]
+    organ[:, 2:5, 2:5, 2:5] = 1
+    organ[:, 7, 7, 7] = 1
     trainer.teacher_probabilities = lambda _: spots
     batch = next(trainer.dataloader_train)
     (labels, *_) = trainer.pseudo_labels(batch["data_weak"], batch["target"])
     assert labels[:, 0, 2:5, 2:5, 2:5].all()
     assert labels.sum() == 2 * 27
-
-
-def test_more_unlabelled_samples_than_labelled_ones(run):
-    trainer = run.build()
-    trainer.unlabeled_batch_size = 3
-    trainer = after_warm_up(trainer)
-    batch, student = mixed(trainer)
-    assert len(student["data"]) == 2 + 2 * 3
-    part = student["labeled_part"][2]
-    assert torch.equal(student["data"][4][part], batch["data"][0][part])  # the third partner is the first again
 
 
 @pytest.mark.parametrize(
@@ -223,14 +282,14 @@ def test_more_unlabelled_samples_than_labelled_ones(run):
         ("box_ratio", 1),
         ("mixture_weight", -1),
         ("unlabeled_weight", float("nan")),
-        ("warm_up", 1.0),
+        ("warm_up", 1.1),
         ("ema_decay", 1.0),
     ],
 )
 def test_impossible_setting_is_named(attribute, value, run):
     trainer = run.build()
     setattr(trainer, attribute, value)
-    with pytest.raises(ValueError, match=f"{attribute} is {value}, it must be"):
+    with pytest.raises(ValueError, match=rf"(box ratio|{attribute}) is {value}, it must be"):
         trainer.initialize()
 
 
@@ -247,6 +306,30 @@ def test_batch_without_a_labelled_sample_is_an_error(run):
     batch["data"], batch["target"] = batch["data"][2:], [scale[:0] for scale in batch["target"]]
     with pytest.raises(ValueError, match="no labelled sample"):
         trainer.train_step(batch)
+
+
+def test_uneven_shares_are_refused_where_processes_share_their_dice(data_sets, results):
+    trainer = Run(data_sets.name("labels"), "2d", NAME).build()
+    trainer.unlabeled_batch_size, trainer.is_ddp = 3, True
+    assert trainer.configuration_manager.batch_dice
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "get_world_size", lambda: 2)
+        with pytest.raises(
+            ValueError, match="unlabeled_batch_size is 3, it must be divisible by the number of processes, 2"
+        ):
+            trainer._unlabeled_of_this_rank()
+
+
+def test_loss_that_cannot_ignore_is_named(data_sets, results):
+    class CrossEntropy(CopyPaste, nnUNetTrainerCELoss):
+        pass
+
+    built = Run(data_sets.name("labels"), "2d", NAME).build()
+    trainer = CrossEntropy(
+        {**built.plans_manager.plans, "continue_training": False}, "2d", 0, built.dataset_json, torch.device("cpu")
+    )
+    with pytest.raises(NotImplementedError, match="the loss here is RobustCrossEntropyLoss"):
+        trainer.initialize()
 
 
 def test_resumed_training_equals_one_without_interruption(run, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Bidirectional copy-paste: a box of one sample in another, and targets that follow.
+"""Copy and paste: a box of one sample in another, and targets that follow.
 
 Source: Bai et al., "Bidirectional copy-paste for semi-supervised medical image segmentation", CVPR 2023, arXiv
 2305.00673 (BCP).
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from acvl_utils.morphology.morphology_helper import remove_all_but_largest_component
+from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -53,30 +53,10 @@ def box_masks(count: int, size: Sequence[int], ratio: float, device: torch.devic
 def mix(outside: Tensor, inside: Tensor, masks: Tensor) -> Tensor:
     """`outside` where the mask is True, `inside` elsewhere; `(B, C, *spatial)`, the masks `(B, 1, *spatial)`.
 
-    The masks are taken at the nearest voxel where they are of another size, as labels of deep supervision are.
+    For images, and for targets at any scale: the masks are taken at the nearest voxel where they are of another size,
+    as labels of deep supervision are.
     """
     return torch.where(at_size(masks, outside.shape[2:]), outside, inside)
-
-
-def both_ways(labeled: Tensor, other: Tensor, masks: Tensor) -> Tensor:
-    """Both mixtures of `B` samples each: first `other` in the boxes of `labeled`, then the next sample of `labeled` in
-    the boxes of `other`, `(2 B, C, *spatial)`. With :func:`mix` for images, and for targets at any scale."""
-    return torch.cat((mix(labeled, other, masks), mix(other, labeled.roll(-1, 0), masks)))
-
-
-def largest_components(labels: Tensor, channels_are_regions: bool) -> Tensor:
-    """Labels `(B, 1, *spatial)`, or regions `(B, R, *spatial)`, of which each class or region keeps its largest
-    connected component in a sample; the rest becomes background. Neighbours touch, be it at a corner."""
-    kept = labels.cpu().numpy()
-    for sample in kept:
-        if channels_are_regions:
-            for region in sample:
-                region &= remove_all_but_largest_component(region.astype(bool)).astype(region.dtype)
-            continue
-        for label in np.unique(sample[sample > 0]):
-            mask = sample[0] == label
-            sample[0][mask & ~remove_all_but_largest_component(mask)] = 0
-    return torch.from_numpy(kept).to(labels.device)
 
 
 def at_size(values: Tensor, size: Sequence[int]) -> Tensor:
@@ -85,3 +65,22 @@ def at_size(values: Tensor, size: Sequence[int]) -> Tensor:
     if tuple(values.shape[2:]) == tuple(size):
         return values
     return F.interpolate(values.float(), tuple(size), mode="nearest-exact").to(values.dtype)
+
+
+def largest_components(labels: Tensor, of_regions: bool) -> Tensor:
+    """Labels `(B, 1, *spatial)`, or boolean regions `(B, R, *spatial)`, of which each class or region keeps its largest
+    connected component in a sample; the rest becomes background. Neighbours touch, be it at a corner."""
+    before = labels.cpu().numpy()
+    kept = np.zeros_like(before)
+    for sample, channel in np.ndindex(before.shape[:2]):
+        values = before[sample, channel]
+        for label in [True] if of_regions else np.unique(values[values > 0]):
+            kept[sample, channel][_largest_component(values == label)] = label
+    return torch.from_numpy(kept).to(labels.device)
+
+
+def _largest_component(mask: np.ndarray) -> np.ndarray:
+    parts, _ = ndimage.label(mask, ndimage.generate_binary_structure(mask.ndim, mask.ndim))
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0  # the background
+    return (parts == sizes.argmax()) & mask
