@@ -57,7 +57,7 @@ def summary_table(cases: pd.DataFrame) -> list[str]:
     lines = ["Mean over cases; ± is the standard deviation over repetitions.", ""]
     lines += table_head("trainer", "class", "repetitions", *METRICS.values())
     for (trainer, name), row in summary(cases).iterrows():
-        numbers = [_with_spread(row[metric]) for metric in METRICS]
+        numbers = [with_spread(row[metric]) for metric in METRICS]
         lines.append(table_row(trainer, name, int(row[("dice", "count")]), *numbers))
     return lines
 
@@ -94,7 +94,7 @@ def cost_table(results: list[dict]) -> list[str]:
     return lines
 
 
-def _with_spread(values: pd.Series) -> str:
+def with_spread(values: pd.Series) -> str:
     return f"{values['mean']:.2f}" + ("" if np.isnan(values["std"]) else f" ± {values['std']:.2f}")
 
 

@@ -82,6 +82,11 @@ def stock_against_itself(cases: pd.DataFrame, metric: str) -> dict[str, pd.DataF
     return tables
 
 
+def comparisons(cases: pd.DataFrame, metric: str) -> dict[str, pd.DataFrame]:
+    """The differences of every trainer to stock, then those of each repetition of stock to its others."""
+    return {**differences(cases, metric), **stock_against_itself(cases, metric)}
+
+
 def interval(values: pd.Series) -> tuple[float, float]:
     """95 % bootstrap interval (BCa) of the mean over cases; NaN where all are equal."""
     if values.nunique() < 2:
@@ -100,7 +105,7 @@ def difference_rows(cases: pd.DataFrame) -> pd.DataFrame:
     """A row for each trainer (and each repetition of stock), metric and class, and for the mean of the classes."""
     rows = []
     for metric, title in METRICS.items():
-        for trainer, table in {**differences(cases, metric), **stock_against_itself(cases, metric)}.items():
+        for trainer, table in comparisons(cases, metric).items():
             for name, values in [("mean", table.mean(axis=1)), *table.items()]:
                 values = values.dropna()
                 low, high = interval(values)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from benchmark_report import as_cost, cost_table, difference_table, summary_table, table_head, table_row
-from benchmark_statistics import STOCK, costs_of, difference_rows, read_runs, stock_against_itself
+from benchmark_report import as_cost, cost_table, difference_table, summary_table, table_head, table_row, with_spread
+from benchmark_statistics import STOCK, costs_of, difference_rows, read_runs, summary
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 MEAN_TEACHER = "nnUNetTrainerMeanTeacher"
@@ -79,13 +79,14 @@ def of_protocol(name: str) -> str:
 def of_trials(name: str, titles: dict[str, str]) -> str:
     """A line for each trial that was run, and for each run of stock against its others."""
     cases, results = read_runs(DOCS / "results" / f"{name}-cpu")
-    titles = {trainer: title for trainer, title in titles.items() if trainer in set(cases["trainer"])}
+    dice = summary(cases)["dice"].xs("mean", level="class")  # of the classes
+    titles = {trainer: title for trainer, title in titles.items() if trainer in dice.index}
+    differences = difference_rows(cases).query("`class` == 'mean'").set_index(["trainer", "metric"])
     itself = {
         trainer: trainer.replace(STOCK, "stock") + " minus its others"
-        for trainer in stock_against_itself(cases, "dice")
+        for trainer in differences.index.unique("trainer")
+        if trainer.startswith(f"{STOCK}, ")
     }
-    differences = difference_rows(cases).query("`class` == 'mean'").set_index(["trainer", "metric"])
-    of_runs = cases.groupby(["trainer", "repetition"])["dice"].mean()
     lines = table_head(
         "trial",
         "runs",
@@ -96,25 +97,21 @@ def of_trials(name: str, titles: dict[str, str]) -> str:
         "learned in epoch",
     )
     for trainer, title in {**titles, **itself}.items():
-        dice = of_runs.get(trainer, pd.Series(dtype=float))
         learned = [costs_of(result)["learned in epoch"] for result in results if result["trainer"] == trainer]
         lines.append(
             table_row(
                 title,
-                len(dice) or "–",
-                _mean_and_deviation(dice),
+                *(
+                    (int(dice.loc[trainer, "count"]), with_spread(dice.loc[trainer]))
+                    if trainer in titles
+                    else ("–", "–")
+                ),
                 *_difference(differences, trainer, "Dice"),
                 _difference(differences, trainer, "95 % Hausdorff, mm")[0],
                 as_cost(np.median(learned)) if learned else "–",
             )
         )
     return "\n".join(lines)
-
-
-def _mean_and_deviation(dice: pd.Series) -> str:
-    if dice.empty:
-        return "–"
-    return f"{dice.mean():.2f}" + (f" ± {dice.std():.2f}" if len(dice) > 1 else "")
 
 
 def _difference(differences: pd.DataFrame, trainer: str, metric: str) -> tuple[str, str]:
