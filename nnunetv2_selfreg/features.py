@@ -40,12 +40,17 @@ class FeatureTaps:
 
     def __init__(self, network: nn.Module) -> None:
         self._network = unwrap(network)
-        encoder, decoder = _stages(self._network)
+        encoder, decoder = self.blocks(self._network)
         self._n_encoder = len(encoder) - 1
         self._tapped = [*encoder[1:], *decoder]
         self._collected: list[Tensor | None] = [None] * len(self._tapped)
         for index, stage in enumerate(self._tapped):
             stage.register_forward_hook(self._hook(stage, index))
+
+    @staticmethod
+    def blocks(network: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+        """The modules of encoder and decoder whose outputs are read, all but the first: the stages."""
+        return _stages(network)
 
     @property
     def active(self) -> bool:

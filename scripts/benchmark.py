@@ -46,14 +46,19 @@ def execute(runs: list[Run]) -> int:
             except Exception as error:  # of whatever kind, the other runs go on
                 failure = str(error) if isinstance(error, FAILURES) else f"{type(error).__name__}: {error}"
                 if is_full_disk(error, run.folder):
-                    tqdm.write(f"No space left on device: {error}", file=sys.stderr)
-                    tqdm.write("Make room and start again: finished runs are kept.", file=sys.stderr)
-                    return 1
+                    return report_full_disk(error)
             if failure is not None:
                 failed += 1
                 tqdm.write(f"{run.folder.name}: {failure}", file=sys.stderr)
             progress.total -= expected - progress.n  # of epochs that an earlier call trained, or that never will be
     return 1 if failed else 0
+
+
+def report_full_disk(error: Exception) -> int:
+    """Says it, and returns the status."""
+    tqdm.write(f"No space left on device: {error}", file=sys.stderr)
+    tqdm.write("Make room and start again: finished runs are kept.", file=sys.stderr)
+    return 1
 
 
 def print_jobs(runs: list[Run], arguments: argparse.Namespace) -> None:
@@ -147,6 +152,8 @@ def main() -> int:
         arguments.o.mkdir(parents=True, exist_ok=True)
         runs = chosen_runs(chosen_protocol(arguments), arguments)
     except FAILURES as error:
+        if is_full_disk(error, arguments.o):
+            return report_full_disk(error)
         parser.error(str(error))
     unfinished = [run for run in runs if not run.finished]
     if arguments.jobs:

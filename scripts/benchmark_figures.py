@@ -5,27 +5,30 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from batchgenerators.utilities.file_and_folder_operations import load_json
-from benchmark_statistics import differences, epoch_seconds, interval
+from benchmark_statistics import comparisons, epoch_seconds, interval
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_selfreg.analysis.contours import Case, contour_figure
 
 matplotlib.use("agg")
+from matplotlib import colormaps
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 
 def draw_differences(cases: pd.DataFrame, file: Path) -> None:
-    """Dice of each trainer minus stock, a dot for each case, the mean with its interval. Nothing without stock."""
-    values = {name: table.mean(axis=1).dropna() for name, table in differences(cases, "dice").items()}
+    """Dice of each trainer minus stock, a dot for each case, the mean with its interval; so of each repetition of stock
+    minus its others. Nothing without stock."""
+    values = {name: table.mean(axis=1).dropna() for name, table in comparisons(cases, "dice").items()}
     if not values:
         return
     figure, axes = plt.subplots(figsize=(7, 1.2 + 0.5 * len(values)), layout="constrained")
@@ -44,7 +47,8 @@ def draw_learning_curves(results: list[dict], file: Path) -> None:
     """Pseudo Dice by epoch, a line for each run. Not the moving average: in a short training it hides the start."""
     with _figure_by_trainer(results, file) as (axes, colors):
         for result in results:
-            axes.plot(result["curves"]["mean_fg_dice"], linewidth=1, color=colors[result["trainer"]])
+            dice = result["curves"]["mean_fg_dice"]
+            axes.plot(range(1, len(dice) + 1), dice, linewidth=1, color=colors[result["trainer"]])
         axes.set(xlabel="epoch", ylabel="pseudo Dice")
 
 
@@ -62,9 +66,11 @@ def draw_dice_against_time(cases: pd.DataFrame, results: list[dict], file: Path)
 def _figure_by_trainer(results: list[dict], file: Path) -> Iterator[tuple[Axes, dict[str, str]]]:
     """Axes with a legend of trainers, and their colours."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    colors = {name: f"C{n}" for n, name in enumerate(dict.fromkeys(result["trainer"] for result in results))}
+    trainers = dict.fromkeys(result["trainer"] for result in results)
+    colors = dict(zip(trainers, cycle(colormaps["tab20"].colors), strict=False))
     yield axes, colors
-    axes.legend(handles=[Line2D([], [], color=color, label=name, marker="o") for name, color in colors.items()])
+    handles = [Line2D([], [], color=color, label=name, marker="o") for name, color in colors.items()]
+    axes.legend(handles=handles, fontsize="small" if len(handles) <= 6 else "xx-small")
     figure.savefig(file, dpi=150)
     plt.close(figure)
 

@@ -31,7 +31,7 @@ from segmentation_metrics import METRICS
 
 def markdown(cases: pd.DataFrame, rows: pd.DataFrame, results: list[dict]) -> str:
     """The report; `rows` are those of :func:`difference_rows`."""
-    tables = [_summary_table(cases), _difference_table(rows), _cost_table(results)]
+    tables = [summary_table(cases), difference_table(rows), cost_table(results)]
     machines = sorted({result["machine"] for result in results})
     versions = sorted({", ".join(f"{k} {v}" for k, v in result["versions"].items()) for result in results})
     failed = [f"{result['folder'].name}: {result['failure']}" for result in results if result["failure"]]
@@ -53,56 +53,63 @@ def markdown(cases: pd.DataFrame, rows: pd.DataFrame, results: list[dict]) -> st
     )
 
 
-def _summary_table(cases: pd.DataFrame) -> list[str]:
+def summary_table(cases: pd.DataFrame) -> list[str]:
     lines = ["Mean over cases; ± is the standard deviation over repetitions.", ""]
-    lines += _head("trainer", "class", "repetitions", *METRICS.values())
+    lines += table_head("trainer", "class", "repetitions", *METRICS.values())
     for (trainer, name), row in summary(cases).iterrows():
-        numbers = [_with_spread(row[metric]) for metric in METRICS]
-        lines.append(_row(trainer, name, int(row[("dice", "count")]), *numbers))
+        numbers = [with_spread(row[metric]) for metric in METRICS]
+        lines.append(table_row(trainer, name, int(row[("dice", "count")]), *numbers))
     return lines
 
 
-def _difference_table(rows: pd.DataFrame) -> list[str]:
+def difference_table(rows: pd.DataFrame) -> list[str]:
     """Of the mean over classes; differences.csv has each class."""
     if rows.empty:
         return []
-    lines = ["Paired over cases, each averaged over its repetitions and classes (each class: differences.csv).", ""]
-    lines += _head("trainer minus stock", "metric", "cases", "mean", "95 % interval", "better cases", "Wilcoxon p")
+    lines = [
+        "Paired over cases, each averaged over its repetitions and classes (each class: differences.csv). A repetition "
+        "of stock is compared with the others of stock: no trainer needs to be better for differences of that size.",
+        "",
+    ]
+    lines += table_head("trainer minus stock", "metric", "cases", "mean", "95 % interval", "better cases", "Wilcoxon p")
     for _, row in rows[rows["class"] == "mean"].iterrows():
         numbers = [f"{row['mean']:+.2f}", f"{row['low']:+.2f} to {row['high']:+.2f}", row["better"], f"{row['p']:.2g}"]
-        lines.append(_row(row["trainer"], row["metric"], row["cases"], *numbers))
+        lines.append(table_row(row["trainer"], row["metric"], row["cases"], *numbers))
     return lines
 
 
-def _cost_table(results: list[dict]) -> list[str]:
+def cost_table(results: list[dict]) -> list[str]:
     """Medians over runs; a dash where no run has been measured."""
-    costs = pd.DataFrame([{"trainer": result["trainer"], **costs_of(result)} for result in results])
+    about = ["trainer", "machine"]
+    costs = pd.DataFrame([{name: result[name] for name in about} | costs_of(result) for result in results])
     lines = [
         "Medians over runs. A step is an epoch's time by its training steps, so its share of the online validation is "
         "in it (scripts/step_time.py compares steps alone); a prediction is one with mirroring. A trainer has learned "
         f"in the first epoch with a pseudo Dice of {LEARNED} in every class.",
         "",
     ]
-    lines += _head("trainer", *costs.columns[1:])
-    for trainer, row in costs.groupby("trainer").median().iterrows():
-        lines.append(_row(trainer, *map(_as_cost, row)))
+    lines += table_head(*costs.columns)
+    for key, row in costs.groupby(about).median().iterrows():
+        lines.append(table_row(*key, *map(as_cost, row)))
     return lines
 
 
-def _with_spread(values: pd.Series) -> str:
+def with_spread(values: pd.Series) -> str:
     return f"{values['mean']:.2f}" + ("" if np.isnan(values["std"]) else f" ± {values['std']:.2f}")
 
 
-def _as_cost(value: float) -> str:
+def as_cost(value: float) -> str:
+    if np.isinf(value):
+        return "never"
     return "–" if np.isnan(value) else f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def _row(*cells: object) -> str:
+def table_row(*cells: object) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def _head(*titles: str) -> list[str]:
-    return [_row(*titles), _row(*["---"] * len(titles))]
+def table_head(*titles: str) -> list[str]:
+    return [table_row(*titles), table_row(*["---"] * len(titles))]
 
 
 def main() -> int:

@@ -48,9 +48,11 @@ def incomplete_repetitions(cases: pd.DataFrame) -> list[tuple[str, int]]:
 
 def summary(cases: pd.DataFrame) -> pd.DataFrame:
     """Mean and standard deviation over the complete repetitions of the mean over cases (of all folds), by trainer and
-    class."""
+    class; the mean of the classes is a class `mean`."""
     repetitions = pd.MultiIndex.from_frame(cases[["trainer", "repetition"]])
     complete = cases[~repetitions.isin(incomplete_repetitions(cases))]
+    if complete["class"].nunique() > 1:
+        complete = pd.concat([complete, complete.assign(**{"class": "mean"})])
     of_repetition = complete.groupby(["trainer", "class", "repetition"])[[*METRICS]].mean()
     return of_repetition.groupby(["trainer", "class"]).agg(["mean", "std", "count"])
 
@@ -69,6 +71,22 @@ def differences(cases: pd.DataFrame, metric: str) -> dict[str, pd.DataFrame]:
     return {name: others[name].unstack("class").dropna(how="all") for name in others}
 
 
+def stock_against_itself(cases: pd.DataFrame, metric: str) -> dict[str, pd.DataFrame]:
+    """Each repetition of stock minus its others, as in :func:`differences`: what chance does between runs, which no
+    interval over cases knows of. Nothing without a second repetition."""
+    stock = cases[cases["trainer"] == STOCK]
+    tables = {}
+    for number in sorted(stock["repetition"].unique()):
+        name = f"{STOCK}, repetition {number}"
+        tables |= differences(stock.assign(trainer=np.where(stock["repetition"] == number, name, STOCK)), metric)
+    return tables
+
+
+def comparisons(cases: pd.DataFrame, metric: str) -> dict[str, pd.DataFrame]:
+    """The differences of every trainer to stock, then those of each repetition of stock to its others."""
+    return {**differences(cases, metric), **stock_against_itself(cases, metric)}
+
+
 def interval(values: pd.Series) -> tuple[float, float]:
     """95 % bootstrap interval (BCa) of the mean over cases; NaN where all are equal."""
     if values.nunique() < 2:
@@ -84,10 +102,10 @@ def wilcoxon_p(values: pd.Series) -> float:
 
 
 def difference_rows(cases: pd.DataFrame) -> pd.DataFrame:
-    """A row for each trainer, metric and class, and for the mean of the classes."""
+    """A row for each trainer (and each repetition of stock), metric and class, and for the mean of the classes."""
     rows = []
     for metric, title in METRICS.items():
-        for trainer, table in differences(cases, metric).items():
+        for trainer, table in comparisons(cases, metric).items():
             for name, values in [("mean", table.mean(axis=1)), *table.items()]:
                 values = values.dropna()
                 low, high = interval(values)
@@ -112,8 +130,9 @@ def costs_of(result: dict) -> dict[str, float]:
 
 
 def first_epoch_with(dice: list[list[float]], enough: float = LEARNED) -> float:
-    """The first epoch, counted from 1, in which every class has so much; NaN without one."""
-    return next((number for number, classes in enumerate(dice, 1) if min(classes) >= enough), np.nan)
+    """The first epoch, counted from 1, in which every class has so much; infinite if none has, NaN without epochs."""
+    epochs = (number for number, classes in enumerate(dice, 1) if min(classes) >= enough)
+    return next(epochs, np.inf if dice else np.nan)
 
 
 def epoch_seconds(result: dict) -> np.ndarray:

@@ -14,6 +14,9 @@ import psutil
 from commands import kill_group
 from tqdm import tqdm
 
+CLOCK_SECONDS = 5  # by which the time of a process's birth moves with the system's clock
+POLL_SECONDS = 0.5
+
 
 class Lock:
     """A lock that this process holds, and names the process that works under it."""
@@ -51,19 +54,18 @@ def _wait_for_what_was_left_behind(file: Path) -> None:
     if host != socket.gethostname():
         return
     process, created = int(numbers[0]), float(numbers[1])
-    if psutil.pid_exists(process) and not _is_running(process, created):
-        return  # the number is another's by now, so nothing of the old group is left
-    if _is_running(process, created):
-        tqdm.write(f"process {process} was left behind and still works; waiting for it ({file})", file=sys.stderr)
-    while _is_running(process, created):
-        time.sleep(1)
+    try:
+        leader = psutil.Process(process)
+        if abs(leader.create_time() - created) > CLOCK_SECONDS:
+            return  # the number is another's by now, so nothing of the old group is left
+        if _works(leader):
+            tqdm.write(f"process {process} was left behind and still works; waiting for it ({file})", file=sys.stderr)
+        while _works(leader):
+            time.sleep(POLL_SECONDS)
+    except psutil.NoSuchProcess:
+        pass  # its group may outlive it
     kill_group(process)
 
 
-def _is_running(process: int, created: float) -> bool:
-    try:
-        found = psutil.Process(process)
-        # The time of a process's birth moves with the system's clock.
-        return abs(found.create_time() - created) < 5 and found.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+def _works(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

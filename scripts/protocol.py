@@ -111,9 +111,9 @@ class Protocol:
         folder = self.folder / self._planned().data_identifier
         there = {file.stem for file in folder.glob("*.pkl")} & labels.keys()
         unfinished = sorted((labels.keys() | raw.keys()) - (there - half))
-        if not unfinished:
-            return
         begun = self.folder / f"{folder.name}.preprocessing"
+        if not unfinished and not begun.is_file():  # of one that was begun, any file may be half
+            return
         if folder.is_dir() and not begun.is_file():  # nnU-Net deletes it first, and it may be in use
             raise ValueError(
                 f"{folder} or gt_segmentations beside it lacks {', '.join(unfinished[:3])} (of {len(unfinished)}). Run "

@@ -22,7 +22,7 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
 from commands import ExitStatusError, call
 from locks import Lock, locked
-from machine import machine
+from machine import commit, gpu_memory_in_use, machine
 from protocol import Protocol
 from segmentation_metrics import folder_metrics
 from tqdm import tqdm
@@ -32,14 +32,8 @@ from nnunetv2_selfreg.files import replacing
 
 PACKAGES = ("nnunetv2", "nnunetv2-selfreg", "torch", "monai")
 LITTLE_ROOM = 2**24  # bytes, less than any checkpoint
-CURVES = (
-    "train_losses",
-    "val_losses",
-    "mean_fg_dice",
-    "dice_per_class_or_region",
-    "epoch_start_timestamps",
-    "epoch_end_timestamps",
-)
+# What a user may set that changes a training's time or its sequence of random numbers.
+ENVIRONMENT = ("nnUNet_n_proc_DA", "nnUNet_compile", "PYTHON_CPU_COUNT", "OMP_NUM_THREADS")
 # What nnU-Net and torch, which tells only that a write failed, say of it.
 FULL_DISK = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing", "unexpected pos")
 
@@ -135,11 +129,12 @@ class Run:
             pd.DataFrame(rows).to_csv(part, index=False)
 
     def from_checkpoint(self) -> dict:
-        """The size of the network and the learning curves."""
+        """The size of the network and all learning curves."""
         checkpoint = torch.load(self.results / "checkpoint_final.pth", map_location="cpu", weights_only=False)
-        # A decoder holds its encoder, so some tensors have two names.
-        tensors = {tensor.data_ptr(): tensor.numel() for tensor in checkpoint["network_weights"].values()}
-        curves = {name: np.round(checkpoint["logging"][name], 4).tolist() for name in CURVES}
+        # A decoder holds its encoder, so some tensors have two names; indices and counters are no parameters.
+        weights = [tensor for tensor in checkpoint["network_weights"].values() if tensor.is_floating_point()]
+        tensors = {tensor.data_ptr(): tensor.numel() for tensor in weights}
+        curves = {name: np.round(values, 4).tolist() for name, values in checkpoint["logging"].items()}
         return {"parameters": sum(tensors.values()), "curves": curves}
 
     def about(self) -> dict:
@@ -155,6 +150,8 @@ class Run:
             "validation": str(self.results.relative_to(self.folder) / "validation"),
             "command": shlex.join(self.command),
             "machine": machine(self.device),
+            "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+            "commit": commit(),
             "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         }
 
@@ -169,9 +166,10 @@ def check_setting(protocol: Protocol, fold: int, output: Path, device: str) -> N
     file = output / protocol.name / f"setting-fold{fold}.json"
     setting = {**protocol.setting(fold), "device": device}
     file.parent.mkdir(parents=True, exist_ok=True)
-    if not file.is_file():
-        with replacing(file) as part:
-            save_json(setting, part, sort_keys=False)
+    with locked(file.with_suffix(".lock")):  # the jobs of an array begin at once
+        if not file.is_file():
+            with replacing(file) as part:
+                save_json(setting, part, sort_keys=False)
     before = read_json(file)
     different = [name for name in setting if before.get(name) != setting[name]]
     if different:
@@ -196,8 +194,7 @@ class Memory:
 
     def _in_use(self) -> int:
         if self.device == "cuda":
-            free, total = torch.cuda.mem_get_info()
-            return total - free
+            return gpu_memory_in_use()
         status = Path(f"/proc/{self.process}/status")
         found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None  # Linux only
         return 1024 * int(found[1]) if found else 0
@@ -221,15 +218,19 @@ def is_full_disk(error: Exception, folder: Path) -> bool:
     """Whether `folder` has no room, for this process or for a command that it called and whose output is in there: what
     the command said of it may not have had room either."""
     said = error.printed if isinstance(error, ExitStatusError) else str(error)
-    return any(phrase in said for phrase in FULL_DISK) or shutil.disk_usage(folder).free < LITTLE_ROOM
+    existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    return any(phrase in said for phrase in FULL_DISK) or shutil.disk_usage(existing).free < LITTLE_ROOM
 
 
 def remove_broken_checkpoints(folder: Path) -> None:
-    """Stock nnU-Net writes checkpoints in place, so a kill or a full disk may leave half of one."""
+    """Stock nnU-Net writes checkpoints in place, so a kill or a full disk may leave half of one. Without a latest one
+    it would go on from the best one, which was chosen on the validation cases, so that is removed too."""
     for file in folder.glob("checkpoint_*.pth"):
         if not zipfile.is_zipfile(file):  # whose directory is at its end
             tqdm.write(f"{file} is broken and removed", file=sys.stderr)
             file.unlink()
+    if not any((folder / f"checkpoint_{name}.pth").is_file() for name in ("final", "latest")):
+        (folder / "checkpoint_best.pth").unlink(missing_ok=True)
 
 
 def prediction_seconds(printed: str) -> float | None:

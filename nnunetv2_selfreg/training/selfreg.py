@@ -25,6 +25,8 @@ class SelfRegularized(ReliableTraining):
     """How IFD sorts channels before it halves them: "activation" (released program) or "index" (paper)."""
     ifd_stop_gradient: bool = False
     """Whether IFD's first half is a teacher without gradient: False (released program) or True (paper)."""
+    feature_taps: type[FeatureTaps] = FeatureTaps
+    """Reads the feature maps; a subclass of it may read other ones."""
     regularized_loss: type[SelfRegularizedLoss] = SelfRegularizedLoss
     """Computes the terms and adds them; a subclass of it may compute them in another way."""
 
@@ -33,7 +35,12 @@ class SelfRegularized(ReliableTraining):
         if self.lambda_scr == self.lambda_ifd == 0:
             return loss
         return self.regularized_loss(
-            loss, FeatureTaps(self.network), self.lambda_scr, self.lambda_ifd, self.ifd_order, self.ifd_stop_gradient
+            loss,
+            self.feature_taps(self.network),
+            self.lambda_scr,
+            self.lambda_ifd,
+            self.ifd_order,
+            self.ifd_stop_gradient,
         )
 
     def loss_terms(self) -> dict[str, Tensor]:

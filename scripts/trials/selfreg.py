@@ -1,7 +1,9 @@
 """Variants of SelfReg that docs/selfreg.md reports on: found with `nnUNet_extTrainer=trainers:scripts/trials`."""
 
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunetv2_selfreg.features import FeatureTaps
 from nnunetv2_selfreg.losses import SelfRegularizedLoss
 from nnunetv2_selfreg.losses.consistency import gaussian_ramp_up
 from nnunetv2_selfreg.training.selfreg import SelfRegularized
@@ -48,7 +50,7 @@ class nnUNetTrainerSelfRegWarm(SelfRegularized, nnUNetTrainer):
 
 
 class LossOfUnitFeatures(SelfRegularizedLoss):
-    """The terms of feature maps that are divided by their root mean square, which gets no gradient."""
+    """The terms of feature maps that are divided by their root mean square, so that no gradient changes their scale."""
 
     def _scr(self, features, final):
         return super()._scr([_unit(feature) for feature in features], _unit(final))
@@ -64,4 +66,21 @@ class nnUNetTrainerSelfRegUnit(SelfRegularized, nnUNetTrainer):
 
 
 def _unit(feature):
-    return feature / feature.detach().square().mean().sqrt()
+    return feature / feature.square().mean().sqrt()
+
+
+class BlockTaps(FeatureTaps):
+    """Reads every convolution block of PlainConvUNet's stages."""
+
+    @staticmethod
+    def blocks(network):
+        return tuple(
+            [module for stage in part.stages for module in stage.modules() if isinstance(module, ConvDropoutNormReLU)]
+            for part in (network.encoder, network.decoder)
+        )
+
+
+class nnUNetTrainerSelfRegAllBlocks(SelfRegularized, nnUNetTrainer):
+    """The terms of every convolution block, as in the released program, not of every stage's output."""
+
+    feature_taps = BlockTaps

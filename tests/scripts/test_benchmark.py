@@ -247,6 +247,39 @@ def test_lock_is_waited_for_and_names_who_holds_it(tmp_path, capsys):
     assert f"{tmp_path / 'lock'} is locked by another process" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("leader_is_dead", [False, True])
+def test_what_a_killed_process_left_behind_is_waited_for_and_its_workers_are_ended(leader_is_dead, tmp_path):
+    """The leader of a group with a worker; a dead one stays a zombie, since nobody asks for its status."""
+    script = "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid, flush=True); input()"
+    leader = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    worker = int(leader.stdout.readline())
+    locks.Lock(tmp_path / "lock").works_under_it(leader.pid)
+    if leader_is_dead:
+        leader.kill()
+        wait_until(lambda: psutil.Process(leader.pid).status() == psutil.STATUS_ZOMBIE, 20)
+    entered = threading.Event()
+
+    def second():
+        with locks.locked(tmp_path / "lock"):
+            entered.set()
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    if not leader_is_dead:
+        assert not entered.wait(1.5)
+        leader.kill()
+    assert entered.wait(20)
+    thread.join()
+    wait_until(lambda: not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE, 20)
+    leader.wait()
+
+
 def test_memory_is_the_commands_own_whatever_this_process_took(tmp_path):
     ballast = torch.ones(2**27)  # half a GiB
     memory = Memory("cpu")
@@ -316,12 +349,56 @@ def test_divergence_is_found_above_whatever_was_printed_later():
 
 
 def test_broken_checkpoints_are_removed_and_whole_ones_kept(tmp_path):
-    torch.save({"network_weights": torch.zeros(100000)}, tmp_path / "checkpoint_best.pth")
+    for name in ("best", "final"):
+        torch.save({"network_weights": torch.zeros(100000)}, tmp_path / f"checkpoint_{name}.pth")
     content = (tmp_path / "checkpoint_best.pth").read_bytes()
     (tmp_path / "checkpoint_latest.pth").write_bytes(content[: len(content) // 2])
-    (tmp_path / "checkpoint_final.pth").touch()
+    (tmp_path / "checkpoint_other.pth").touch()
     remove_broken_checkpoints(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint_best.pth"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint_best.pth", "checkpoint_final.pth"]
+
+
+def test_best_checkpoint_is_no_start(tmp_path):
+    """It was chosen on the validation cases."""
+    for name in ("best", "latest"):
+        torch.save({"network_weights": torch.zeros(10)}, tmp_path / f"checkpoint_{name}.pth")
+    remove_broken_checkpoints(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "checkpoint_latest.pth").unlink()
+    remove_broken_checkpoints(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_run_whose_folder_cannot_be_made_does_not_end_the_others(protocol, monkeypatch, capsys):
+    (protocol / "runs" / "tiny-cpu").mkdir(parents=True)
+    (protocol / "runs" / "tiny-cpu" / "nnUNetTrainer-fold2-1").touch()
+    assert run(monkeypatch, protocol, "--repetitions", "2", "-tr", "nnUNetTrainer") == 1
+    assert "nnUNetTrainer-fold2-1: [Errno 17] File exists" in capsys.readouterr().err
+    assert (protocol / "runs" / "tiny-cpu" / "nnUNetTrainer-fold2-2" / "result.json").is_file()
+
+
+def test_full_disk_in_the_preparation(protocol, monkeypatch, capsys):
+    def fail(*_):
+        raise commands.ExitStatusError("nnUNetv2_preprocess failed", "OSError: [Errno 28] No space left on device")
+
+    monkeypatch.setattr(protocols.Protocol, "prepare", fail)
+    assert run(monkeypatch, protocol) == 1
+    assert "Make room and start again" in capsys.readouterr().err
+
+
+def test_memory_of_a_gpu_is_what_the_driver_says(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\ncat {tmp_path}/used\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    (tmp_path / "used").write_text("1000\n")
+    memory = Memory("cuda")
+    for used in ("1500\n", "1200\n"):
+        (tmp_path / "used").write_text(used)
+        memory.look()
+    assert memory.highest == 500 * 2**20
+    assert (tmp_path / "asked").read_text().splitlines()[0].endswith("-i 3")
 
 
 def test_half_preprocessed_folder_is_made_anew_only_if_it_was_begun_here(protocol, tmp_path):
@@ -336,14 +413,16 @@ def test_half_preprocessed_folder_is_made_anew_only_if_it_was_begun_here(protoco
         tiny.prepare(tmp_path / "log.txt")
     begun = tiny.folder / f"{folder.name}.preprocessing"
     begun.touch()
+    images.touch()  # as a kill leaves it
     tiny.prepare(tmp_path / "log.txt")
-    assert images.is_file()
+    assert images.stat().st_size > 0
     assert label.read_bytes() == whole
     assert not begun.exists()
 
 
 def test_killed_preparation_is_waited_for(protocol, monkeypatch):
     monkeypatch.setenv("nnUNet_preprocessed", str(protocol / "new"))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # nnU-Net's planner sets so many threads
     (protocol / "new").mkdir()
     script = f"import pathlib, protocol; protocol.PROTOCOLS = pathlib.Path({str(protocol / 'protocols')!r})\n"
     script += f"protocol.Protocol.load('tiny', 'cpu').prepare(pathlib.Path({str(protocol / 'log.txt')!r}))"
@@ -351,14 +430,16 @@ def test_killed_preparation_is_waited_for(protocol, monkeypatch):
     start = [sys.executable, "-c", script]
     first = subprocess.Popen(start, env=environment)
     wait_until(lambda: any(file.read_text() for file in (protocol / "new").glob("*.lock")))
-    first.send_signal(signal.SIGKILL)
-    first.wait()
     (lock,) = (protocol / "new").glob("*.lock")
     left_behind = int(lock.read_text().split()[1])
+    os.kill(left_behind, signal.SIGSTOP)  # so that it does not end before the second one comes
+    first.send_signal(signal.SIGKILL)
+    first.wait()
     with subprocess.Popen(start, env=environment, stderr=subprocess.PIPE, text=True) as second:
         wait_until(lambda: "was left behind and still works" in second.stderr.readline())
-        second.terminate()
-    commands.kill_group(left_behind)
+        commands.kill_group(left_behind)
+        threading.Thread(target=second.stderr.read).start()
+        assert second.wait(timeout=240) == 0  # goes on where the killed ones stopped
 
 
 def test_any_preprocessed_data_set_without_a_protocol(protocol, monkeypatch, capsys):

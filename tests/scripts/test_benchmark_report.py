@@ -66,9 +66,25 @@ def test_differences_are_paired_by_case(runs):
     values = table["organ"]
     stock = np.mean([DICE["nnUNetTrainer", 1], DICE["nnUNetTrainer", 2]], 0)
     np.testing.assert_allclose(values, 100 * (np.array(DICE["nnUNetTrainerMine", 1]) - stock))
+
+
+def test_interval_is_the_usual_one_where_that_is_right():
+    """Of normal values, of which there are many: mean ± 1.96 standard errors."""
+    values = pd.Series(np.random.default_rng(1).normal(3, 2, 2000))
     low, high = benchmark_statistics.interval(values)
-    assert low < values.mean() < high
-    assert low > values.min()
+    error = 1.96 * values.std() / len(values) ** 0.5
+    assert low == pytest.approx(values.mean() - error, abs=0.05 * error)
+    assert high == pytest.approx(values.mean() + error, abs=0.05 * error)
+
+
+def test_repetitions_of_stock_are_compared_with_each_other(runs):
+    cases, _ = benchmark_statistics.read_runs(runs)
+    tables = benchmark_statistics.stock_against_itself(cases, "dice")
+    np.testing.assert_allclose(tables["nnUNetTrainer, repetition 2"]["organ"], [10, 0, 0, 0, 0, 0], atol=1e-9)
+    np.testing.assert_allclose(tables["nnUNetTrainer, repetition 1"]["organ"], [-10, 0, 0, 0, 0, 0], atol=1e-9)
+    assert not benchmark_statistics.stock_against_itself(cases[cases["repetition"] == 1], "dice")
+    rows = benchmark_statistics.difference_rows(cases)
+    assert rows["trainer"].nunique() == 3
 
 
 def test_report_has_every_number_and_the_commands(runs, tmp_path, monkeypatch, capsys):
@@ -95,6 +111,48 @@ def test_report_has_every_number_and_the_commands(runs, tmp_path, monkeypatch, c
     ]
     assert len(pd.read_csv(tmp_path / "report" / "cases.csv")) == 18
     assert capsys.readouterr().out.strip() == report.strip()
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The axes of the figures that are closed."""
+    axes = []
+    monkeypatch.setattr(benchmark_figures.plt, "close", lambda figure: axes.append(figure.axes[0]))
+    return axes
+
+
+def points(axes) -> list[tuple[list, list]]:
+    return [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
+
+
+def test_figures_show_the_numbers(runs, tmp_path, drawn):
+    cases, results = benchmark_statistics.read_runs(runs)
+    benchmark_figures.draw_learning_curves(results, tmp_path / "curves.png")
+    assert points(drawn.pop()) == [([1, 2, 3, 4], [0.1, 0.2, 0.3, 0.4])] * 3
+    benchmark_figures.draw_dice_against_time(cases, results, tmp_path / "time.png")
+    expected = {(4 / 60, 100 * np.mean(DICE["nnUNetTrainer", 1])), (8 / 60, 100 * np.mean(DICE["nnUNetTrainer", 2]))}
+    expected |= {(4 / 60, 100 * np.mean(DICE["nnUNetTrainerMine", 1]))}
+    found = {(round(float(x), 6), round(float(y), 6)) for (x,), (y,) in points(drawn.pop())}
+    assert found == {(round(x, 6), round(float(y), 6)) for x, y in expected}
+    benchmark_figures.draw_differences(cases, tmp_path / "differences.png")
+    axes = drawn.pop()
+    stock = np.mean([DICE["nnUNetTrainer", 1], DICE["nnUNetTrainer", 2]], 0)
+    difference = 100 * (np.array(DICE["nnUNetTrainerMine", 1]) - stock)
+    np.testing.assert_allclose(points(axes)[0][0], difference)
+    low, high = points(axes)[1][0]
+    assert low < difference.mean() < high
+    assert axes.get_yticklabels()[0].get_text() == "nnUNetTrainerMine"
+
+
+def test_more_trainers_than_colours_are_drawn(runs, tmp_path):
+    _, results = benchmark_statistics.read_runs(runs)
+    many = [{**results[0], "trainer": f"nnUNetTrainer{n}"} for n in range(22)]
+    benchmark_figures.draw_learning_curves(many, tmp_path / "curves.png")
+
+
+def test_mean_of_the_classes_stands_beside_them():
+    cases = table({("nnUNetTrainer", 0, 1, case, label): 60 + 30 * (label == "a") for case in "12" for label in "ab"})
+    assert benchmark_statistics.summary(cases).loc[("nnUNetTrainer", "mean"), ("dice", "mean")] == 75
 
 
 def table(values: dict) -> pd.DataFrame:
@@ -125,7 +183,7 @@ def test_repetition_that_lacks_a_fold_is_named_and_no_part_of_the_spread(runs):
 
 def test_first_epoch_in_which_every_class_is_learned():
     assert benchmark_statistics.first_epoch_with([[0.9, 0.6], [0.7, 0.7], [0.8, 0.8]]) == 2
-    assert np.isnan(benchmark_statistics.first_epoch_with([[0.9, 0.6]]))
+    assert benchmark_statistics.first_epoch_with([[0.9, 0.6]]) == np.inf
     assert np.isnan(benchmark_statistics.first_epoch_with([]))
 
 
@@ -140,7 +198,7 @@ def test_only_pairs_that_both_sides_have_in_every_repetition_count():
     (found,) = benchmark_statistics.differences(table(values), "dice").values()
     np.testing.assert_array_equal(found.to_numpy(), [[10, np.nan], [10, 10]])
     rows = benchmark_statistics.difference_rows(table(values))
-    dice = rows[rows["metric"] == "Dice"].set_index("class")
+    dice = rows[(rows["metric"] == "Dice") & (rows["trainer"] == "nnUNetTrainerMine")].set_index("class")
     assert dice["cases"].to_dict() == {"mean": 2, "a": 2, "b": 1}
     assert dice["mean"].to_dict() == {"mean": 10, "a": 10, "b": 10}
 
@@ -176,9 +234,18 @@ def test_costs_are_medians_over_runs(runs):
         save_json({**load_json(str(file)), **measured}, str(file))
     cases, results = benchmark_statistics.read_runs(runs)
     lines = benchmark_report.markdown(cases, benchmark_statistics.difference_rows(cases), results).splitlines()
-    # 4 epochs of 1 s and of 2 s; 1.5 million parameters
-    assert "| nnUNetTrainer | 1.5 | 0.15 | 0.1 | 1500 | 3 | 4 |" in lines
-    assert "| nnUNetTrainerMine | 1.5 | – | 0.0667 | – | – | – |" in lines
+    # 4 epochs of 1 s and of 2 s; 1.5 million parameters; one of the two never learns
+    assert "| nnUNetTrainer | 2 cores | 1.5 | 0.15 | 0.1 | 1500 | 3 | never |" in lines
+    assert "| nnUNetTrainerMine | 2 cores | 1.5 | – | 0.0667 | – | – | never |" in lines
+
+
+def test_costs_of_different_machines_are_not_mixed(runs):
+    (file,) = runs.glob("nnUNetTrainer-*-2/result.json")
+    save_json({**load_json(str(file)), "machine": "1 core"}, str(file))
+    cases, results = benchmark_statistics.read_runs(runs)
+    lines = benchmark_report.markdown(cases, benchmark_statistics.difference_rows(cases), results).splitlines()
+    assert "| nnUNetTrainer | 1 core | 1.5 | – | 0.133 | – | – | 4 |" in lines
+    assert "| nnUNetTrainer | 2 cores | 1.5 | – | 0.0667 | – | – | never |" in lines
 
 
 def test_contours_of_the_best_the_median_and_the_worst_case(runs, tmp_path, monkeypatch):

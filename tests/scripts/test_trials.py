@@ -7,6 +7,8 @@ import pytest
 import torch
 from workspace import Run
 
+from nnunetv2_selfreg.features import FeatureTaps
+
 FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "trials"
 LAMBDAS = {
     "ScrOnly": (0.015, 0),
@@ -16,6 +18,7 @@ LAMBDAS = {
     "PaperIFD": (0.015, 0.015),
     "Warm": (0.015 * 0.0067379, 0.015 * 0.0067379),  # exp(-5) at the start
     "Unit": (0.015, 0.015),
+    "AllBlocks": (0.015, 0.015),
 }
 # After a fifth of the training, which is half of the default ramp: 10 exp(-5 / 4).
 HALF_WAY = 2.8650480
@@ -64,18 +67,33 @@ def test_variant_of_selfreg(variant, started):
 def test_terms_of_unit_features_do_not_depend_on_their_scale(started):
     trainer = started("nnUNetTrainerSelfRegUnit")
     batch = next(trainer.dataloader_train)
+    norms = [m for m in trainer.network.modules() if isinstance(m, torch.nn.modules.instancenorm._InstanceNorm)]
+    segmentation = trainer.loss.loss
 
-    def terms():
+    def terms_and_radial_gradient():
         torch.manual_seed(0)  # of the channels that are compared
-        trainer.loss(trainer.network(batch["data"]), batch["target"])
-        return torch.stack([trainer.loss.terms[name] for name in ("scr", "ifd")])
+        features = trainer.network(batch["data"])
+        terms = trainer.loss(features, batch["target"]) - segmentation(features, batch["target"])
+        # Scale and shift of the norms scale all features, so the gradient along them is that of the scale.
+        parameters = [p for norm in norms for p in (norm.weight, norm.bias)]
+        gradients = torch.autograd.grad(terms, parameters)
+        radial = sum(float((g * p).detach().sum()) for g, p in zip(gradients, parameters, strict=True))
+        return torch.stack([trainer.loss.terms[name] for name in ("scr", "ifd")]), radial
 
-    before = terms()
-    for module in trainer.network.modules():
-        if isinstance(module, torch.nn.modules.instancenorm._InstanceNorm):
-            module.weight.data *= 10
-            module.bias.data *= 10
-    torch.testing.assert_close(terms(), before, rtol=1e-3, atol=0)
+    before, radial = terms_and_radial_gradient()
+    assert abs(radial) < 1e-5
+    for norm in norms:
+        norm.weight.data *= 10
+        norm.bias.data *= 10
+    torch.testing.assert_close(terms_and_radial_gradient()[0], before, rtol=1e-3, atol=0)
+
+
+def test_every_convolution_block_is_read(started):
+    trainer = started("nnUNetTrainerSelfRegAllBlocks")
+    stages = FeatureTaps.blocks(trainer.network)
+    convolutions = [[m for stage in part for m in stage.modules() if hasattr(m, "all_modules")] for part in stages]
+    assert [len(part) for part in trainer.loss.taps.blocks(trainer.network)] == [len(part) for part in convolutions]
+    assert trainer.loss.taps.blocks(trainer.network)[1][-1] is stages[1][-1].convs[-1]
 
 
 @pytest.mark.parametrize("variant", CONSISTENCY_WEIGHTS)
