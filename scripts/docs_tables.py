@@ -45,7 +45,7 @@ MEAN_TEACHER_TRIALS = {
     f"{MEAN_TEACHER}Double": "weight 100, twice as many unlabelled samples",
 }
 TRIALS = {*SELFREG_TRIALS, *MEAN_TEACHER_TRIALS} - {STOCK, SELFREG, MEAN_TEACHER}
-PROTOCOLS = ("left-atrium-8", "hippocampus", "hippocampus-2d", "hippocampus-2d-20")
+PROTOCOLS = ("left-atrium-8-cpu", "hippocampus-cpu", "hippocampus-2d-cpu", "hippocampus-2d-20-cpu")
 
 
 def filled(text: str, tables: dict[str, str]) -> str:
@@ -69,7 +69,7 @@ def page(name: str) -> str:
 
 def of_protocol(name: str) -> str:
     """The report's tables without its rows of variants."""
-    cases, results = read_runs(DOCS / "results" / f"{name}-cpu")
+    cases, results = read_runs(DOCS / "results" / name)
     cases = cases[~cases["trainer"].isin(TRIALS)]
     results = [result for result in results if result["trainer"] not in TRIALS]
     tables = [summary_table(cases), difference_table(difference_rows(cases)), cost_table(results)]
@@ -78,7 +78,7 @@ def of_protocol(name: str) -> str:
 
 def of_trials(name: str, titles: dict[str, str]) -> str:
     """A line for each trial that was run, and for each run of stock against its others."""
-    cases, results = read_runs(DOCS / "results" / f"{name}-cpu")
+    cases, results = read_runs(DOCS / "results" / name)
     dice = summary(cases)["dice"].xs("mean", level="class")  # of the classes
     titles = {trainer: title for trainer, title in titles.items() if trainer in dice.index}
     differences = difference_rows(cases).query("`class` == 'mean'").set_index(["trainer", "metric"])
@@ -125,10 +125,10 @@ def _difference(differences: pd.DataFrame, trainer: str, metric: str) -> tuple[s
 PAGES = {
     "results.md": {name: partial(of_protocol, name) for name in PROTOCOLS},
     "selfreg.md": {
-        "trials": partial(of_trials, "hippocampus-2d", SELFREG_TRIALS),
-        "trials in 3D": partial(of_trials, "hippocampus", SELFREG_TRIALS),
+        "trials": partial(of_trials, "hippocampus-2d-cpu", SELFREG_TRIALS),
+        "trials in 3D": partial(of_trials, "hippocampus-cpu", SELFREG_TRIALS),
     },
-    "unlabelled-data.md": {"trials": partial(of_trials, "hippocampus-2d-20", MEAN_TEACHER_TRIALS)},
+    "unlabelled-data.md": {"trials": partial(of_trials, "hippocampus-2d-20-cpu", MEAN_TEACHER_TRIALS)},
 }
 
 
