@@ -25,11 +25,14 @@ def commit() -> str | None:
 
 
 def gpu_memory_in_use() -> int:
-    """Bytes in use on the first visible GPU, by whomever. Asked of the driver's tool: torch would open a context of its
-    own there, which takes memory itself and keeps others out of a GPU in exclusive mode."""
+    """Bytes in use on the first visible GPU, by whomever; 0 where `nvidia-smi` is missing. It is asked, since torch
+    would open a context of its own there, which takes memory itself and keeps others out of a GPU in exclusive mode."""
     device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", device]
-    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) * 2**20
+    try:
+        return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) * 2**20
+    except (OSError, subprocess.CalledProcessError):
+        return 0  # the report shows a dash
 
 
 def _cores() -> int:

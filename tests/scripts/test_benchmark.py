@@ -401,6 +401,13 @@ def test_memory_of_a_gpu_is_what_the_driver_says(tmp_path, monkeypatch):
     assert (tmp_path / "asked").read_text().splitlines()[0].endswith("-i 3")
 
 
+def test_memory_of_a_gpu_is_unknown_where_nobody_can_be_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    memory = Memory("cuda")
+    memory.look()
+    assert memory.highest == 0
+
+
 def test_half_preprocessed_folder_is_made_anew_only_if_it_was_begun_here(protocol, tmp_path):
     tiny = protocols.Protocol.load("tiny", "cpu")
     folder = tiny.folder / "nnUNetPlans_3d_fullres"
