@@ -9,10 +9,18 @@ import re
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from benchmark_report import as_cost, cost_table, difference_table, summary_table, table_head, table_row, with_spread
-from benchmark_statistics import STOCK, costs_of, difference_rows, read_runs, summary
+from benchmark_report import (
+    as_cost,
+    cost_table,
+    difference_table,
+    summary_table,
+    table_head,
+    table_row,
+    with_interval,
+    with_spread,
+)
+from benchmark_statistics import STOCK, costs_of, difference_rows, middle, read_runs, summary
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 MEAN_TEACHER = "nnUNetTrainerMeanTeacher"
@@ -44,7 +52,18 @@ MEAN_TEACHER_TRIALS = {
     f"{MEAN_TEACHER}Slow": "weight 100, decay 0.999",
     f"{MEAN_TEACHER}Double": "weight 100, twice as many unlabelled samples",
 }
-TRIALS = {*SELFREG_TRIALS, *MEAN_TEACHER_TRIALS} - {STOCK, SELFREG, MEAN_TEACHER}
+TRIALS = {  # all of them, since they are no rows of results.md
+    name
+    for file in (Path(__file__).parent / "trials").glob("*.py")
+    for name in re.findall(r"^class (nnUNetTrainer\w+)", file.read_text(), re.MULTILINE)
+}
+MEASURED_TRAINERS = (STOCK, SELFREG, MEAN_TEACHER)
+MEASURED = {
+    "hippocampus-2d-cpu": "hippocampus in 2D, 5,000 steps",
+    "hippocampus-cpu": "hippocampus in 3D, 1,000 steps",
+    "hippocampus-2d-20-cpu": "hippocampus in 2D, 20 labelled and 140 unlabelled scans, 5,000 steps",
+    "left-atrium-8-cpu": "left atrium, 8 labelled and 56 unlabelled scans, 2,000 steps",
+}
 PROTOCOLS = ("left-atrium-8-cpu", "hippocampus-cpu", "hippocampus-2d-cpu", "hippocampus-2d-20-cpu")
 
 
@@ -79,7 +98,7 @@ def of_protocol(name: str) -> str:
 def of_trials(name: str, titles: dict[str, str]) -> str:
     """A line for each trial that was run, and for each run of stock against its others."""
     cases, results = read_runs(DOCS / "results" / name)
-    dice = summary(cases)["dice"].xs("mean", level="class")  # of the classes
+    dice = summary(cases)["dice"].groupby("trainer").last()  # the mean of the classes, or the only one
     titles = {trainer: title for trainer, title in titles.items() if trainer in dice.index}
     differences = difference_rows(cases).query("`class` == 'mean'").set_index(["trainer", "metric"])
     itself = {
@@ -108,9 +127,20 @@ def of_trials(name: str, titles: dict[str, str]) -> str:
                 ),
                 *_difference(differences, trainer, "Dice"),
                 _difference(differences, trainer, "95 % Hausdorff, mm")[0],
-                as_cost(np.median(learned)) if learned else "–",
+                as_cost(middle(pd.Series(learned))) if learned else "–",
             )
         )
+    return "\n".join(lines)
+
+
+def measured() -> str:
+    """The Dice of the trainers that were run several times."""
+    lines = table_head("", "stock nnU-Net", *(f"`{trainer}`" for trainer in MEASURED_TRAINERS[1:]))
+    for name, title in MEASURED.items():
+        dice = summary(read_runs(DOCS / "results" / name)[0])["dice"].groupby("trainer").last()
+        numbers = (dice.loc[trainer] if trainer in dice.index else None for trainer in MEASURED_TRAINERS)
+        cells = ("–" if row is None else with_spread(row, digits=1) for row in numbers)
+        lines.append(table_row(title, *cells))
     return "\n".join(lines)
 
 
@@ -119,7 +149,7 @@ def _difference(differences: pd.DataFrame, trainer: str, metric: str) -> tuple[s
     if (trainer, metric) not in differences.index:
         return "–", "–"
     found = differences.loc[trainer, metric]
-    return f"{found['mean']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f})", f"{found['p']:.2g}"
+    return with_interval(found), f"{found['p']:.2g}"
 
 
 PAGES = {
@@ -128,7 +158,11 @@ PAGES = {
         "trials": partial(of_trials, "hippocampus-2d-cpu", SELFREG_TRIALS),
         "trials in 3D": partial(of_trials, "hippocampus-cpu", SELFREG_TRIALS),
     },
-    "unlabelled-data.md": {"trials": partial(of_trials, "hippocampus-2d-20-cpu", MEAN_TEACHER_TRIALS)},
+    "unlabelled-data.md": {
+        "trials": partial(of_trials, "hippocampus-2d-20-cpu", MEAN_TEACHER_TRIALS),
+        "trials on the left atrium": partial(of_trials, "left-atrium-8-cpu", MEAN_TEACHER_TRIALS),
+    },
+    "../README.md": {"measured": measured},
 }
 
 

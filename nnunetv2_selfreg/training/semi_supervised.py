@@ -81,12 +81,8 @@ class SemiSupervised(ReliableTraining):
 
     def optimise(self, batch: dict) -> dict:
         # nnU-Net's train_step with another loss: it has no seam between forward pass and loss.
-        batch = {**batch, **{name: self._to_device(batch[name]) for name in ("data", "data_weak", "target")}}
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
-            output = self.network(batch["data"])
-            output = output if isinstance(output, (list, tuple)) else [output]
-            loss = self.semi_supervised_loss(output, batch["target"], batch)
+        loss = self.loss_of(batch)
         if self.grad_scaler is not None:
             self.grad_scaler.scale(loss).backward()
             self.grad_scaler.unscale_(self.optimizer)
@@ -100,6 +96,14 @@ class SemiSupervised(ReliableTraining):
         self.after_step()
         self._steps_in_epoch += 1
         return {"loss": loss.detach().cpu().numpy()}
+
+    def loss_of(self, batch: dict) -> Tensor:
+        """The loss of a loader's batch, through the network."""
+        batch = {**batch, **{name: self._to_device(batch[name]) for name in ("data", "data_weak", "target")}}
+        with torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
+            output = self.network(batch["data"])
+            output = output if isinstance(output, (list, tuple)) else [output]
+            return self.semi_supervised_loss(output, batch["target"], batch)
 
     def _to_device(self, value):
         if isinstance(value, list):
