@@ -37,6 +37,8 @@ SELFREG_TRIALS = {
     f"{SELFREG}Warm": "weights ramped up over 40 % of the steps",
     f"{SELFREG}Unit": "every feature map divided by its root mean square",
     f"{SELFREG}AllBlocks": "every convolution block, as released",
+    f"{SELFREG}IntoFinal": "SCR's gradient into the last stage too",
+    f"{SELFREG}StraightPort": "the straight port that the cost is compared with",
 }
 MEAN_TEACHER_TRIALS = {
     STOCK: "stock nnU-Net",
@@ -54,7 +56,8 @@ MEAN_TEACHER_TRIALS = {
 }
 TRIALS = {  # all of them, since they are no rows of results.md
     name
-    for file in (Path(__file__).parent / "trials").glob("*.py")
+    for folder in ("trials", "straight_port")
+    for file in (Path(__file__).parent / folder).glob("*.py")
     for name in re.findall(r"^class (nnUNetTrainer\w+)", file.read_text(), re.MULTILINE)
 }
 MEASURED_TRAINERS = (STOCK, SELFREG, MEAN_TEACHER)
