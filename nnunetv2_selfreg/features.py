@@ -50,7 +50,21 @@ class FeatureTaps:
     @staticmethod
     def blocks(network: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
         """The modules of encoder and decoder whose outputs are read, all but the first: the stages."""
-        return _stages(network)
+        name = type(network).__name__
+        encoder, decoder = (
+            list(getattr(getattr(network, part, None), "stages", ())) for part in ("encoder", "decoder")
+        )
+        if not encoder or not decoder:
+            raise NotImplementedError(
+                f"{name} has no encoder.stages and decoder.stages to read feature maps from. Use a plan whose network "
+                "has them, such as PlainConvUNet or ResidualEncoderUNet."
+            )
+        if len(encoder) < 2 or len(decoder) < 2:
+            raise NotImplementedError(
+                f"{name} has {len(encoder)} encoder and {len(decoder)} decoder stages; self-regularisation needs two "
+                "of each at least. Use a configuration with more resolution stages."
+            )
+        return encoder, decoder
 
     @property
     def active(self) -> bool:
@@ -96,19 +110,3 @@ def unwrap(network: nn.Module) -> nn.Module:
     if isinstance(network, DistributedDataParallel):
         network = network.module
     return network._orig_mod if isinstance(network, OptimizedModule) else network
-
-
-def _stages(network: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    name = type(network).__name__
-    encoder, decoder = (list(getattr(getattr(network, part, None), "stages", ())) for part in ("encoder", "decoder"))
-    if not encoder or not decoder:
-        raise NotImplementedError(
-            f"{name} has no encoder.stages and decoder.stages to read feature maps from. Use a plan whose network has "
-            "them, such as PlainConvUNet or ResidualEncoderUNet."
-        )
-    if len(encoder) < 2 or len(decoder) < 2:
-        raise NotImplementedError(
-            f"{name} has {len(encoder)} encoder and {len(decoder)} decoder stages; self-regularisation needs two of "
-            "each at least. Use a configuration with more resolution stages."
-        )
-    return encoder, decoder

@@ -23,6 +23,7 @@ from benchmark_statistics import (
     costs_of,
     difference_rows,
     incomplete_repetitions,
+    middle,
     read_runs,
     summary,
 )
@@ -33,6 +34,8 @@ def markdown(cases: pd.DataFrame, rows: pd.DataFrame, results: list[dict]) -> st
     """The report; `rows` are those of :func:`difference_rows`."""
     tables = [summary_table(cases), difference_table(rows), cost_table(results)]
     machines = sorted({result["machine"] for result in results})
+    commits = sorted({result.get("commit") or "unknown" for result in results})
+    variables = {" ".join(f"{k}={v}" for k, v in result.get("environment", {}).items()) for result in results}
     versions = sorted({", ".join(f"{k} {v}" for k, v in result["versions"].items()) for result in results})
     failed = [f"{result['folder'].name}: {result['failure']}" for result in results if result["failure"]]
     incomplete = [
@@ -46,7 +49,9 @@ def markdown(cases: pd.DataFrame, rows: pd.DataFrame, results: list[dict]) -> st
             *incomplete,
             *failed,
             "Machines: " + "; ".join(machines),
+            "Environment: " + ("; ".join(sorted(variables - {""})) or "nothing noted"),
             "Versions: " + "; ".join(versions),
+            "Commits: " + ", ".join(commits),
             f"Seeds: trainings are not seeded, as in nnU-Net; bootstrap {BOOTSTRAP_SEED}.",
             "\n".join(["```bash", *dict.fromkeys(result["command"] for result in results), "```"]),
         ]
@@ -68,13 +73,17 @@ def difference_table(rows: pd.DataFrame) -> list[str]:
         return []
     lines = [
         "Paired over cases, each averaged over its repetitions and classes (each class: differences.csv). A repetition "
-        "of stock is compared with the others of stock: no trainer needs to be better for differences of that size.",
+        "of stock is compared with the others of stock: no trainer needs to be better for differences of that size. "
+        "In each cell: mean (95 % interval); better of all cases; Wilcoxon p.",
         "",
     ]
-    lines += table_head("trainer minus stock", "metric", "cases", "mean", "95 % interval", "better cases", "Wilcoxon p")
-    for _, row in rows[rows["class"] == "mean"].iterrows():
-        numbers = [f"{row['mean']:+.2f}", f"{row['low']:+.2f} to {row['high']:+.2f}", row["better"], f"{row['p']:.2g}"]
-        lines.append(table_row(row["trainer"], row["metric"], row["cases"], *numbers))
+    lines += table_head("trainer minus stock", *METRICS.values())
+    for trainer, of_trainer in rows[rows["class"] == "mean"].groupby("trainer", sort=False):
+        cells = [
+            f"{with_interval(row)}; {row['better']} of {row['cases']}; {row['p']:.2g}"
+            for _, row in of_trainer.iterrows()
+        ]
+        lines.append(table_row(trainer, *cells))
     return lines
 
 
@@ -89,13 +98,17 @@ def cost_table(results: list[dict]) -> list[str]:
         "",
     ]
     lines += table_head(*costs.columns)
-    for key, row in costs.groupby(about).median().iterrows():
+    for key, row in costs.groupby(about).agg(middle).iterrows():
         lines.append(table_row(*key, *map(as_cost, row)))
     return lines
 
 
-def with_spread(values: pd.Series) -> str:
-    return f"{values['mean']:.2f}" + ("" if np.isnan(values["std"]) else f" ± {values['std']:.2f}")
+def with_interval(row: pd.Series) -> str:
+    return f"{row['mean']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})"
+
+
+def with_spread(values: pd.Series, digits: int = 2) -> str:
+    return f"{values['mean']:.{digits}f}" + ("" if np.isnan(values["std"]) else f" ± {values['std']:.{digits}f}")
 
 
 def as_cost(value: float) -> str:

@@ -9,10 +9,18 @@ import re
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from benchmark_report import as_cost, cost_table, difference_table, summary_table, table_head, table_row, with_spread
-from benchmark_statistics import STOCK, costs_of, difference_rows, read_runs, summary
+from benchmark_report import (
+    as_cost,
+    cost_table,
+    difference_table,
+    summary_table,
+    table_head,
+    table_row,
+    with_interval,
+    with_spread,
+)
+from benchmark_statistics import STOCK, costs_of, difference_rows, middle, read_runs, summary
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 MEAN_TEACHER = "nnUNetTrainerMeanTeacher"
@@ -29,6 +37,8 @@ SELFREG_TRIALS = {
     f"{SELFREG}Warm": "weights ramped up over 40 % of the steps",
     f"{SELFREG}Unit": "every feature map divided by its root mean square",
     f"{SELFREG}AllBlocks": "every convolution block, as released",
+    f"{SELFREG}IntoFinal": "SCR's gradient into the last stage too",
+    f"{SELFREG}StraightPort": "the straight port that the cost is compared with",
 }
 MEAN_TEACHER_TRIALS = {
     STOCK: "stock nnU-Net",
@@ -44,8 +54,20 @@ MEAN_TEACHER_TRIALS = {
     f"{MEAN_TEACHER}Slow": "weight 100, decay 0.999",
     f"{MEAN_TEACHER}Double": "weight 100, twice as many unlabelled samples",
 }
-TRIALS = {*SELFREG_TRIALS, *MEAN_TEACHER_TRIALS} - {STOCK, SELFREG, MEAN_TEACHER}
-PROTOCOLS = ("left-atrium-8", "hippocampus", "hippocampus-2d", "hippocampus-2d-20")
+TRIALS = {  # all of them, since they are no rows of results.md
+    name
+    for folder in ("trials", "straight_port")
+    for file in (Path(__file__).parent / folder).glob("*.py")
+    for name in re.findall(r"^class (nnUNetTrainer\w+)", file.read_text(), re.MULTILINE)
+}
+MEASURED_TRAINERS = (STOCK, SELFREG, MEAN_TEACHER)
+MEASURED = {
+    "hippocampus-2d-cpu": "hippocampus in 2D, 5,000 steps",
+    "hippocampus-cpu": "hippocampus in 3D, 1,000 steps",
+    "hippocampus-2d-20-cpu": "hippocampus in 2D, 20 labelled and 140 unlabelled scans, 5,000 steps",
+    "left-atrium-8-cpu": "left atrium, 8 labelled and 56 unlabelled scans, 2,000 steps",
+}
+PROTOCOLS = ("left-atrium-8-cpu", "hippocampus-cpu", "hippocampus-2d-cpu", "hippocampus-2d-20-cpu")
 
 
 def filled(text: str, tables: dict[str, str]) -> str:
@@ -69,7 +91,7 @@ def page(name: str) -> str:
 
 def of_protocol(name: str) -> str:
     """The report's tables without its rows of variants."""
-    cases, results = read_runs(DOCS / "results" / f"{name}-cpu")
+    cases, results = read_runs(DOCS / "results" / name)
     cases = cases[~cases["trainer"].isin(TRIALS)]
     results = [result for result in results if result["trainer"] not in TRIALS]
     tables = [summary_table(cases), difference_table(difference_rows(cases)), cost_table(results)]
@@ -78,8 +100,8 @@ def of_protocol(name: str) -> str:
 
 def of_trials(name: str, titles: dict[str, str]) -> str:
     """A line for each trial that was run, and for each run of stock against its others."""
-    cases, results = read_runs(DOCS / "results" / f"{name}-cpu")
-    dice = summary(cases)["dice"].xs("mean", level="class")  # of the classes
+    cases, results = read_runs(DOCS / "results" / name)
+    dice = summary(cases)["dice"].groupby("trainer").last()  # the mean of the classes, or the only one
     titles = {trainer: title for trainer, title in titles.items() if trainer in dice.index}
     differences = difference_rows(cases).query("`class` == 'mean'").set_index(["trainer", "metric"])
     itself = {
@@ -108,9 +130,20 @@ def of_trials(name: str, titles: dict[str, str]) -> str:
                 ),
                 *_difference(differences, trainer, "Dice"),
                 _difference(differences, trainer, "95 % Hausdorff, mm")[0],
-                as_cost(np.median(learned)) if learned else "–",
+                as_cost(middle(pd.Series(learned))) if learned else "–",
             )
         )
+    return "\n".join(lines)
+
+
+def measured() -> str:
+    """The Dice of the trainers that were run several times."""
+    lines = table_head("", "stock nnU-Net", *(f"`{trainer}`" for trainer in MEASURED_TRAINERS[1:]))
+    for name, title in MEASURED.items():
+        dice = summary(read_runs(DOCS / "results" / name)[0])["dice"].groupby("trainer").last()
+        numbers = (dice.loc[trainer] if trainer in dice.index else None for trainer in MEASURED_TRAINERS)
+        cells = ("–" if row is None else with_spread(row, digits=1) for row in numbers)
+        lines.append(table_row(title, *cells))
     return "\n".join(lines)
 
 
@@ -119,16 +152,20 @@ def _difference(differences: pd.DataFrame, trainer: str, metric: str) -> tuple[s
     if (trainer, metric) not in differences.index:
         return "–", "–"
     found = differences.loc[trainer, metric]
-    return f"{found['mean']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f})", f"{found['p']:.2g}"
+    return with_interval(found), f"{found['p']:.2g}"
 
 
 PAGES = {
     "results.md": {name: partial(of_protocol, name) for name in PROTOCOLS},
     "selfreg.md": {
-        "trials": partial(of_trials, "hippocampus-2d", SELFREG_TRIALS),
-        "trials in 3D": partial(of_trials, "hippocampus", SELFREG_TRIALS),
+        "trials": partial(of_trials, "hippocampus-2d-cpu", SELFREG_TRIALS),
+        "trials in 3D": partial(of_trials, "hippocampus-cpu", SELFREG_TRIALS),
     },
-    "unlabelled-data.md": {"trials": partial(of_trials, "hippocampus-2d-20", MEAN_TEACHER_TRIALS)},
+    "unlabelled-data.md": {
+        "trials": partial(of_trials, "hippocampus-2d-20-cpu", MEAN_TEACHER_TRIALS),
+        "trials on the left atrium": partial(of_trials, "left-atrium-8-cpu", MEAN_TEACHER_TRIALS),
+    },
+    "../README.md": {"measured": measured},
 }
 
 

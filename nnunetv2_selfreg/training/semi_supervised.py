@@ -85,14 +85,10 @@ class SemiSupervised(ReliableTraining):
 
     def optimise(self, batch: dict) -> dict:
         # nnU-Net's train_step with another loss: it has no seam between forward pass and loss.
-        batch = {name: self._to_device(value) for name, value in batch.items()}
         trained = self.trained_modules()
         for _, optimizer in trained:
             optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
-            output = self.network(batch["data"])
-            output = output if isinstance(output, (list, tuple)) else [output]
-            loss = self.semi_supervised_loss(output, batch["target"], batch)
+        loss = self.loss_of(batch)
         scaler = self.grad_scaler
         (loss if scaler is None else scaler.scale(loss)).backward()
         for module, optimizer in trained:
@@ -105,6 +101,14 @@ class SemiSupervised(ReliableTraining):
         self.after_step()
         self._steps_in_epoch += 1
         return {"loss": loss.detach().cpu().numpy()}
+
+    def loss_of(self, batch: dict) -> Tensor:
+        """The loss of a loader's batch, through the network."""
+        batch = {name: self._to_device(value) for name, value in batch.items()}
+        with torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
+            output = self.network(batch["data"])
+            output = output if isinstance(output, (list, tuple)) else [output]
+            return self.semi_supervised_loss(output, batch["target"], batch)
 
     def trained_modules(self) -> list[tuple[nn.Module, Optimizer]]:
         """What a step optimises. The gradients of each module are clipped on their own, as nnU-Net clips them."""
