@@ -47,7 +47,6 @@ class MeanTeacher(SemiSupervised):
         module = self.teacher.module
         self._run_teacher = torch.compile(module, dynamic=False) if self._do_i_compile() else module
         self._exchanged = False
-        self._terms: dict[str, Tensor] = {}
 
     def _average(self, teacher: Sequence[Tensor], student: Sequence[Tensor], steps: Tensor) -> None:
         decay = min(1 - 1 / (int(steps) + 1), self.ema_decay)
@@ -69,13 +68,9 @@ class MeanTeacher(SemiSupervised):
             teacher, kept = self.teach(batch["data_weak"])
         consistency = squared_consistency(student, teacher, kept)
         weight = self.consistency_weight * self.ramp
-        self._terms = {
-            "segmentation": supervised.detach(),
-            "consistency": consistency.detach(),
-            "consistency_weight": torch.tensor(weight),
-        }
-        if kept is not None:
-            self._terms["kept_voxels"] = kept.float().mean()
+        kept_voxels = {} if kept is None else {"kept_voxels": kept.float().mean()}
+        weighted = {"consistency": consistency, "consistency_weight": torch.tensor(weight)}
+        self.keep_terms({"segmentation": supervised, **weighted, **kept_voxels})
         return supervised + weight * consistency
 
     def teach(self, weak: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -90,9 +85,6 @@ class MeanTeacher(SemiSupervised):
 
     def after_step(self) -> None:
         self.teacher.update_parameters(unwrap(self.network))
-
-    def loss_terms(self) -> dict[str, Tensor]:
-        return {**self._terms, **super().loss_terms()}
 
     @contextmanager
     def teacher_weights(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
+from nnunetv2_selfreg.data.foreground import Foreground, at_full_resolution
 from nnunetv2_selfreg.data.splits import read_splits
 from nnunetv2_selfreg.data.two_stream import TwoStreamLoader, UnlabeledLoader
 from nnunetv2_selfreg.data.unlabeled import UnlabeledPool, find_pool, recipe
@@ -60,6 +61,13 @@ class SemiSupervised(ReliableTraining):
             return self.loss([scale[: len(target[0])] for scale in output], target)
         return self.loss(output[0][: len(target)], target)
 
+    def keep_terms(self, terms: Mapping[str, Tensor]) -> None:
+        """Notes the terms of a step's loss for the log."""
+        self._terms = {name: term.detach() for name, term in terms.items()}
+
+    def loss_terms(self) -> dict[str, Tensor]:
+        return {**self._terms, **super().loss_terms()}
+
     @property
     def ramp(self) -> float:
         """Weight of the unlabelled term at this step, see :func:`gaussian_ramp_up`."""
@@ -74,6 +82,8 @@ class SemiSupervised(ReliableTraining):
             )
         self._require("ramp_up_length", self.ramp_up_length > 0, "greater than 0")
         super().initialize()
+        self.foreground = Foreground.of(self.label_manager)
+        self._terms: dict[str, Tensor] = {}
 
     def _require(self, name: str, fulfilled: bool, what: str) -> None:
         if not fulfilled:
@@ -85,6 +95,7 @@ class SemiSupervised(ReliableTraining):
 
     def optimise(self, batch: dict) -> dict:
         # nnU-Net's train_step with another loss: it has no seam between forward pass and loss.
+        self._refuse_unknown_labels(batch)
         trained = self.trained_modules()
         for _, optimizer in trained:
             optimizer.zero_grad(set_to_none=True)
@@ -101,6 +112,15 @@ class SemiSupervised(ReliableTraining):
         self.after_step()
         self._steps_in_epoch += 1
         return {"loss": loss.detach().cpu().numpy()}
+
+    def _refuse_unknown_labels(self, batch: dict) -> None:
+        """A label out of range would end a GPU's work with an assertion that names nothing."""
+        unknown = self.foreground.unknown_labels(at_full_resolution(batch["target"]))
+        if unknown:
+            found = ", ".join(f"{label} in {batch['keys'][sample]}" for sample, label in unknown.items())
+            message = f"Not among the data set's labels: {found}. Correct the label files, and preprocess again."
+            self.print_to_log_file(message, also_print_to_console=False)
+            raise ValueError(message)
 
     def loss_of(self, batch: dict) -> Tensor:
         """The loss of a loader's batch, through the network."""
@@ -182,7 +202,8 @@ class SemiSupervised(ReliableTraining):
             return self.batch_size
         if self.unlabeled_batch_size == 0 and not self._needs_unlabeled:
             return 0
-        self._require("unlabeled_batch_size", self.unlabeled_batch_size >= 1, "1 at least, or None")
+        possible = "1 at least, or None" if self._needs_unlabeled else "0 at least, or None"
+        self._require("unlabeled_batch_size", self.unlabeled_batch_size >= 1, possible)
         world = dist.get_world_size() if self.is_ddp else 1
         if self.unlabeled_batch_size < world:
             raise ValueError(f"unlabeled_batch_size is {self.unlabeled_batch_size}, fewer than the {world} processes")
