@@ -17,8 +17,8 @@ def signed_distance_map(mask: np.ndarray, spacing: Sequence[float] | None = None
     Distances are Euclidean and exact, between voxel centres. So no value is 0, and `map < 0` is the mask again (our
     decision; the released programs of the dual-task methods set inner boundary voxels to 0 and ignore the spacing).
 
-    Computed by `edt`, up to 3D: exact and anisotropic like SciPy's (which MONAI wraps), but 1.5 times as fast on one
-    thread, and with wheels for all platforms. cuCIM's needs a GPU, which worker processes must not touch.
+    Computed by `edt`, up to 3D: exact and anisotropic like SciPy's (which MONAI wraps), but two to three times as fast
+    on one thread, and with wheels for all platforms. cuCIM's needs a GPU, which worker processes must not touch.
 
     Args:
         mask: boolean, of any dimension.
@@ -58,7 +58,8 @@ def _distance_inside(mask: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray
     else:
         import edt  # here: a damaged one must not take the trainers along that do without
 
-        distance = edt.edt(mask, anisotropy=spacing if mask.ndim > 1 else spacing[0], parallel=1)
+        labels = mask.view(np.uint8)  # in which edt is faster than in booleans
+        distance = edt.edt(labels, anisotropy=spacing if mask.ndim > 1 else spacing[0], parallel=1)
     distance /= distance.max()
     return distance
 
