@@ -50,7 +50,13 @@ class FeatureTaps:
     @staticmethod
     def blocks(network: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
         """The modules of encoder and decoder whose outputs are read, all but the first: the stages."""
-        return _stages(network)
+        encoder, decoder = stages_of(network)
+        if len(encoder) < 2 or len(decoder) < 2:
+            raise NotImplementedError(
+                f"{type(network).__name__} has {len(encoder)} encoder and {len(decoder)} decoder stages; "
+                "self-regularisation needs two of each at least. Use a configuration with more resolution stages."
+            )
+        return encoder, decoder
 
     @property
     def active(self) -> bool:
@@ -91,24 +97,33 @@ class FeatureTaps:
         return keep
 
 
+class LastStageTap(FeatureTaps):
+    """Reads the last decoder stage alone: `final`. In compiled training each feature that is read costs a gradient of
+    its size, whether or not it is used."""
+
+    @staticmethod
+    def blocks(network: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+        encoder, decoder = stages_of(network)
+        return encoder[:1], decoder[-1:]
+
+
+def stages_of(network: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The stages of encoder and decoder.
+
+    Raises:
+        NotImplementedError: the network has none.
+    """
+    encoder, decoder = (list(getattr(getattr(network, part, None), "stages", ())) for part in ("encoder", "decoder"))
+    if not encoder or not decoder:
+        raise NotImplementedError(
+            f"{type(network).__name__} has no encoder.stages and decoder.stages to read feature maps from. Use a plan "
+            "whose network has them, such as PlainConvUNet or ResidualEncoderUNet."
+        )
+    return encoder, decoder
+
+
 def unwrap(network: nn.Module) -> nn.Module:
     """The plain network inside DistributedDataParallel and `torch.compile`."""
     if isinstance(network, DistributedDataParallel):
         network = network.module
     return network._orig_mod if isinstance(network, OptimizedModule) else network
-
-
-def _stages(network: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    name = type(network).__name__
-    encoder, decoder = (list(getattr(getattr(network, part, None), "stages", ())) for part in ("encoder", "decoder"))
-    if not encoder or not decoder:
-        raise NotImplementedError(
-            f"{name} has no encoder.stages and decoder.stages to read feature maps from. Use a plan whose network has "
-            "them, such as PlainConvUNet or ResidualEncoderUNet."
-        )
-    if len(encoder) < 2 or len(decoder) < 2:
-        raise NotImplementedError(
-            f"{name} has {len(encoder)} encoder and {len(decoder)} decoder stages; self-regularisation needs two of "
-            "each at least. Use a configuration with more resolution stages."
-        )
-    return encoder, decoder

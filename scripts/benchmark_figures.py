@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from batchgenerators.utilities.file_and_folder_operations import load_json
-from benchmark_statistics import differences, epoch_seconds, interval, stock_against_itself
+from benchmark_statistics import comparisons, epoch_seconds, interval
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
@@ -28,8 +28,7 @@ from matplotlib.lines import Line2D
 def draw_differences(cases: pd.DataFrame, file: Path) -> None:
     """Dice of each trainer minus stock, a dot for each case, the mean with its interval; so of each repetition of stock
     minus its others. Nothing without stock."""
-    tables = {**differences(cases, "dice"), **stock_against_itself(cases, "dice")}
-    values = {name: table.mean(axis=1).dropna() for name, table in tables.items()}
+    values = {name: table.mean(axis=1).dropna() for name, table in comparisons(cases, "dice").items()}
     if not values:
         return
     figure, axes = plt.subplots(figsize=(7, 1.2 + 0.5 * len(values)), layout="constrained")

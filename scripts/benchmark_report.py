@@ -23,6 +23,7 @@ from benchmark_statistics import (
     costs_of,
     difference_rows,
     incomplete_repetitions,
+    middle,
     read_runs,
     summary,
 )
@@ -31,8 +32,10 @@ from segmentation_metrics import METRICS
 
 def markdown(cases: pd.DataFrame, rows: pd.DataFrame, results: list[dict]) -> str:
     """The report; `rows` are those of :func:`difference_rows`."""
-    tables = [_summary_table(cases), _difference_table(rows), _cost_table(results)]
+    tables = [summary_table(cases), difference_table(rows), cost_table(results)]
     machines = sorted({result["machine"] for result in results})
+    commits = sorted({result.get("commit") or "unknown" for result in results})
+    variables = {" ".join(f"{k}={v}" for k, v in result.get("environment", {}).items()) for result in results}
     versions = sorted({", ".join(f"{k} {v}" for k, v in result["versions"].items()) for result in results})
     failed = [f"{result['folder'].name}: {result['failure']}" for result in results if result["failure"]]
     incomplete = [
@@ -46,39 +49,45 @@ def markdown(cases: pd.DataFrame, rows: pd.DataFrame, results: list[dict]) -> st
             *incomplete,
             *failed,
             "Machines: " + "; ".join(machines),
+            "Environment: " + ("; ".join(sorted(variables - {""})) or "nothing noted"),
             "Versions: " + "; ".join(versions),
+            "Commits: " + ", ".join(commits),
             f"Seeds: trainings are not seeded, as in nnU-Net; bootstrap {BOOTSTRAP_SEED}.",
             "\n".join(["```bash", *dict.fromkeys(result["command"] for result in results), "```"]),
         ]
     )
 
 
-def _summary_table(cases: pd.DataFrame) -> list[str]:
+def summary_table(cases: pd.DataFrame) -> list[str]:
     lines = ["Mean over cases; ± is the standard deviation over repetitions.", ""]
-    lines += _head("trainer", "class", "repetitions", *METRICS.values())
+    lines += table_head("trainer", "class", "repetitions", *METRICS.values())
     for (trainer, name), row in summary(cases).iterrows():
-        numbers = [_with_spread(row[metric]) for metric in METRICS]
-        lines.append(_row(trainer, name, int(row[("dice", "count")]), *numbers))
+        numbers = [with_spread(row[metric]) for metric in METRICS]
+        lines.append(table_row(trainer, name, int(row[("dice", "count")]), *numbers))
     return lines
 
 
-def _difference_table(rows: pd.DataFrame) -> list[str]:
+def difference_table(rows: pd.DataFrame) -> list[str]:
     """Of the mean over classes; differences.csv has each class."""
     if rows.empty:
         return []
     lines = [
         "Paired over cases, each averaged over its repetitions and classes (each class: differences.csv). A repetition "
-        "of stock is compared with the others of stock: no trainer needs to be better for differences of that size.",
+        "of stock is compared with the others of stock: no trainer needs to be better for differences of that size. "
+        "In each cell: mean (95 % interval); better of all cases; Wilcoxon p.",
         "",
     ]
-    lines += _head("trainer minus stock", "metric", "cases", "mean", "95 % interval", "better cases", "Wilcoxon p")
-    for _, row in rows[rows["class"] == "mean"].iterrows():
-        numbers = [f"{row['mean']:+.2f}", f"{row['low']:+.2f} to {row['high']:+.2f}", row["better"], f"{row['p']:.2g}"]
-        lines.append(_row(row["trainer"], row["metric"], row["cases"], *numbers))
+    lines += table_head("trainer minus stock", *METRICS.values())
+    for trainer, of_trainer in rows[rows["class"] == "mean"].groupby("trainer", sort=False):
+        cells = [
+            f"{with_interval(row)}; {row['better']} of {row['cases']}; {row['p']:.2g}"
+            for _, row in of_trainer.iterrows()
+        ]
+        lines.append(table_row(trainer, *cells))
     return lines
 
 
-def _cost_table(results: list[dict]) -> list[str]:
+def cost_table(results: list[dict]) -> list[str]:
     """Medians over runs; a dash where no run has been measured."""
     about = ["trainer", "machine"]
     costs = pd.DataFrame([{name: result[name] for name in about} | costs_of(result) for result in results])
@@ -88,28 +97,32 @@ def _cost_table(results: list[dict]) -> list[str]:
         f"in the first epoch with a pseudo Dice of {LEARNED} in every class.",
         "",
     ]
-    lines += _head(*costs.columns)
-    for key, row in costs.groupby(about).median().iterrows():
-        lines.append(_row(*key, *map(_as_cost, row)))
+    lines += table_head(*costs.columns)
+    for key, row in costs.groupby(about).agg(middle).iterrows():
+        lines.append(table_row(*key, *map(as_cost, row)))
     return lines
 
 
-def _with_spread(values: pd.Series) -> str:
-    return f"{values['mean']:.2f}" + ("" if np.isnan(values["std"]) else f" ± {values['std']:.2f}")
+def with_interval(row: pd.Series) -> str:
+    return f"{row['mean']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})"
 
 
-def _as_cost(value: float) -> str:
+def with_spread(values: pd.Series, digits: int = 2) -> str:
+    return f"{values['mean']:.{digits}f}" + ("" if np.isnan(values["std"]) else f" ± {values['std']:.{digits}f}")
+
+
+def as_cost(value: float) -> str:
     if np.isinf(value):
         return "never"
     return "–" if np.isnan(value) else f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def _row(*cells: object) -> str:
+def table_row(*cells: object) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def _head(*titles: str) -> list[str]:
-    return [_row(*titles), _row(*["---"] * len(titles))]
+def table_head(*titles: str) -> list[str]:
+    return [table_row(*titles), table_row(*["---"] * len(titles))]
 
 
 def main() -> int:

@@ -48,13 +48,14 @@ def incomplete_repetitions(cases: pd.DataFrame) -> list[tuple[str, int]]:
 
 def summary(cases: pd.DataFrame) -> pd.DataFrame:
     """Mean and standard deviation over the complete repetitions of the mean over cases (of all folds), by trainer and
-    class; the mean of the classes is a class `mean`."""
+    class; the mean of the classes is a last class, `mean`."""
     repetitions = pd.MultiIndex.from_frame(cases[["trainer", "repetition"]])
-    complete = cases[~repetitions.isin(incomplete_repetitions(cases))]
-    if complete["class"].nunique() > 1:
-        complete = pd.concat([complete, complete.assign(**{"class": "mean"})])
-    of_repetition = complete.groupby(["trainer", "class", "repetition"])[[*METRICS]].mean()
-    return of_repetition.groupby(["trainer", "class"]).agg(["mean", "std", "count"])
+    tables = [cases[~repetitions.isin(incomplete_repetitions(cases))]]
+    if tables[0]["class"].nunique() > 1:
+        tables.append(tables[0].assign(**{"class": "mean"}))
+    of_repetition = [table.groupby(["trainer", "class", "repetition"])[[*METRICS]].mean() for table in tables]
+    classes = pd.concat(of_repetition).groupby(["trainer", "class"], sort=False).agg(["mean", "std", "count"])
+    return classes.sort_index(level="trainer", sort_remaining=False, kind="stable")
 
 
 def differences(cases: pd.DataFrame, metric: str) -> dict[str, pd.DataFrame]:
@@ -82,6 +83,11 @@ def stock_against_itself(cases: pd.DataFrame, metric: str) -> dict[str, pd.DataF
     return tables
 
 
+def comparisons(cases: pd.DataFrame, metric: str) -> dict[str, pd.DataFrame]:
+    """The differences of every trainer to stock, then those of each repetition of stock to its others."""
+    return {**differences(cases, metric), **stock_against_itself(cases, metric)}
+
+
 def interval(values: pd.Series) -> tuple[float, float]:
     """95 % bootstrap interval (BCa) of the mean over cases; NaN where all are equal."""
     if values.nunique() < 2:
@@ -100,7 +106,7 @@ def difference_rows(cases: pd.DataFrame) -> pd.DataFrame:
     """A row for each trainer (and each repetition of stock), metric and class, and for the mean of the classes."""
     rows = []
     for metric, title in METRICS.items():
-        for trainer, table in {**differences(cases, metric), **stock_against_itself(cases, metric)}.items():
+        for trainer, table in comparisons(cases, metric).items():
             for name, values in [("mean", table.mean(axis=1)), *table.items()]:
                 values = values.dropna()
                 low, high = interval(values)
@@ -122,6 +128,12 @@ def costs_of(result: dict) -> dict[str, float]:
         "prediction of a case, s": result.get("prediction_seconds") or np.nan,
         "learned in epoch": first_epoch_with(result.get("curves", {}).get("dice_per_class_or_region", [])),
     }
+
+
+def middle(values: pd.Series) -> float:
+    """The median; the lower of two middle values if the other is infinite, as that of a run that never learned."""
+    median = values.median()
+    return values.quantile(interpolation="lower") if np.isinf(median) else median
 
 
 def first_epoch_with(dice: list[list[float]], enough: float = LEARNED) -> float:

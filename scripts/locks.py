@@ -50,10 +50,11 @@ def locked(file: Path) -> Iterator[Lock]:
 
 
 def _wait_for_what_was_left_behind(file: Path) -> None:
-    host, *numbers = file.read_text().split() or [""]
-    if host != socket.gethostname():
-        return
-    process, created = int(numbers[0]), float(numbers[1])
+    match file.read_text().split():
+        case [host, number, birth] if host == socket.gethostname() and float(birth) > psutil.boot_time():
+            process, created = int(number), float(birth)
+        case _:  # nobody, or half of a note; another machine's, or of before this one started
+            return
     try:
         leader = psutil.Process(process)
         if abs(leader.create_time() - created) > CLOCK_SECONDS:

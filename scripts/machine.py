@@ -24,12 +24,16 @@ def commit() -> str | None:
         return None
 
 
-def gpu_memory_in_use() -> int:
-    """Bytes in use on the first visible GPU, by whomever. Asked of the driver's tool: torch would open a context of its
-    own there, which takes memory itself and keeps others out of a GPU in exclusive mode."""
+def gpu_memory_in_use() -> int | None:
+    """Bytes in use on the first visible GPU, by whomever; None where `nvidia-smi` is missing or does not tell, as of a
+    part of a GPU. It is asked, since torch would open a context of its own there, which takes memory itself and keeps
+    others out of a GPU in exclusive mode. It counts by PCI bus, so must CUDA_DEVICE_ORDER where GPUs differ."""
     device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", device]
-    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) * 2**20
+    try:
+        return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) * 2**20
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return None
 
 
 def _cores() -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +58,9 @@ class Protocol:
         scales = content.pop("scales")
         if scale not in scales:
             raise ValueError(f"protocol {name} has no scale {scale}; it has {', '.join(scales)}")
-        return cls(name=f"{name}-{scale}", **content, **scales[scale])
+        of_scale = scales[scale]
+        inherited = scales[of_scale.pop("inherits_from")] if "inherits_from" in of_scale else {}
+        return cls(name=f"{name}-{scale}", **content, **{**inherited, **of_scale})
 
     @property
     def folder(self) -> Path:
@@ -77,6 +81,7 @@ class Protocol:
             ExitStatusError: one of nnU-Net's commands failed.
         """
         self._require_data_set()
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(self.folder.with_name(f"{self.dataset}.lock")) as lock:  # another protocol may need the same files
             self._plan(log, lock)
             folds, file = folds_of(self.folder), self.folder / "splits_final.json"
@@ -88,12 +93,13 @@ class Protocol:
     def _plan(self, log: Path, lock: Lock) -> None:
         def nnunet(command: str, *options: str) -> None:
             number = str(int(self.dataset[7:10]))  # nnU-Net's commands before the training take no names
+            print(f"{command} of {self.dataset}: see {log}", file=sys.stderr)
             call(command, "-d", number, *options, log=log, on_start=lock.works_under_it)
 
-        if not (self.folder / "dataset_fingerprint.json").is_file():
+        if not _is_whole(self.folder / "dataset_fingerprint.json"):
             nnunet("nnUNetv2_extract_fingerprint")
         plans = self.folder / f"{self.plans}.json"
-        if not plans.is_file():
+        if not _is_whole(plans):
             spacing = ["-overwrite_target_spacing", *map(str, self.spacing)] if self.spacing else []
             nnunet("nnUNetv2_plan_experiment", *spacing, "-overwrite_plans_name", self.plans)
         base = self.base or self.configuration
@@ -163,6 +169,18 @@ class Protocol:
         """The number of the protocol's split in splits_final.json, to which it is appended if it is not there."""
         wanted = new_fold(labeled_cases(self.folder), **self.split)
         return folds.index(wanted) if wanted in folds else append_fold(self.dataset, **self.split)[0]
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether it is there; the half JSON file that an interruption leaves is removed, since nnU-Net would take it."""
+    if not file.is_file():
+        return False
+    try:
+        json.loads(file.read_bytes())
+    except ValueError:
+        file.unlink()
+        return False
+    return True
 
 
 def _read(name: str) -> dict:

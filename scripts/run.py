@@ -117,7 +117,7 @@ class Run:
         printed = call(*self.command, "--c", log=log, environment=environment, on_start=start, on_line=watch)
         return {
             **self.from_checkpoint(),
-            "peak_memory_mib": memory.highest / 2**20 if memory.highest else None,  # None: trained in an earlier call
+            "peak_memory_mib": memory.highest / 2**20 or None,  # trained in an earlier call, or nobody told
             "prediction_seconds": prediction_seconds(printed),
         }
 
@@ -134,7 +134,7 @@ class Run:
         # A decoder holds its encoder, so some tensors have two names; indices and counters are no parameters.
         weights = [tensor for tensor in checkpoint["network_weights"].values() if tensor.is_floating_point()]
         tensors = {tensor.data_ptr(): tensor.numel() for tensor in weights}
-        curves = {name: np.round(values, 4).tolist() for name, values in checkpoint["logging"].items()}
+        curves = {name: np.round(values, 7).tolist() for name, values in checkpoint["logging"].items()}
         return {"parameters": sum(tensors.values()), "curves": curves}
 
     def about(self) -> dict:
@@ -190,9 +190,11 @@ class Memory:
 
     def look(self) -> None:
         """To be called after an epoch: the system remembers a process's peak, and torch keeps what it once took."""
-        self.highest = max(self.highest, self._in_use() - self._before)
+        now = self._in_use()
+        if now is not None and self._before is not None:
+            self.highest = max(self.highest, now - self._before)
 
-    def _in_use(self) -> int:
+    def _in_use(self) -> int | None:
         if self.device == "cuda":
             return gpu_memory_in_use()
         status = Path(f"/proc/{self.process}/status")

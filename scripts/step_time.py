@@ -140,9 +140,9 @@ def measure_loading(trainers: dict[str, Any], rounds: int) -> dict[str, list[flo
 
 def peak_memory(trainer: Any, batch: dict) -> int:
     """Bytes of tensors that a step allocates at its peak, above what the trainer holds between steps."""
-    for module in (trainer.network, getattr(trainer, "distance_module", None)):
-        if module is not None:
-            module.zero_grad(set_to_none=True)
+    trained = trainer.trained_modules() if isinstance(trainer, SemiSupervised) else [(None, trainer.optimizer)]
+    for _, optimizer in trained:
+        optimizer.zero_grad(set_to_none=True)
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -270,7 +270,7 @@ def read_labels(file: Path) -> np.ndarray:
 
 def put_batch_shapes(loader, queue) -> None:
     """For a worker process, which must find it by name when it is spawned."""
-    queue.put({key: tuple(value.shape) for key, value in next(loader).items() if key.startswith("data")})
+    queue.put({key: tuple(value.shape) for key, value in next(loader).items() if isinstance(value, torch.Tensor)})
 
 
 def start(trainer):

@@ -33,11 +33,15 @@ class Foreground:
         labels = torch.arange(1, self.count + 1, device=target.device)
         return target == labels.reshape(1, -1, *[1] * (target.ndim - 2))
 
-    def unknown_label(self, target: Tensor) -> int | None:
-        """A label in the target that is not the data set's, if there is one. Regions do not tell: nnU-Net puts a voxel
-        of an unknown label into none of them."""
-        largest, allowed = int(target.max()), self.count if self.ignore_label is None else self.ignore_label
-        return largest if largest > allowed and not self.regions else None
+    def unknown_labels(self, target: Tensor) -> dict[int, int]:
+        """For each sample with labels that are not the data set's, one of them. Regions do not tell: nnU-Net puts a
+        voxel of an unknown label into none of them."""
+        if self.regions:
+            return {}
+        allowed = self.count if self.ignore_label is None else self.ignore_label
+        lowest, highest = (bound(target.flatten(1), 1) for bound in (torch.amin, torch.amax))
+        unknown = torch.where(lowest < 0, lowest, highest)
+        return {n: int(label) for n, label in enumerate(unknown) if not 0 <= label <= allowed}
 
     def valid(self, target: Tensor) -> Tensor:
         """Which voxels are not ignored: boolean, `(B, 1, *spatial)`."""

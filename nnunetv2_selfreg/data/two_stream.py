@@ -1,6 +1,9 @@
-"""Batches of two streams: labelled samples as nnU-Net loads them, then unlabelled ones in a strong and a weak view."""
+"""Batches of two streams: labelled samples as nnU-Net loads them, with signed distances where a trainer learns them,
+then unlabelled ones in a strong and a weak view."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,6 +18,8 @@ from scipy.ndimage import binary_fill_holes
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from nnunetv2_selfreg.data.foreground import Foreground, at_full_resolution
+from nnunetv2_selfreg.data.signed_distance import signed_distance_map
 from nnunetv2_selfreg.data.unlabeled import UnlabeledPool
 
 # Resampling rings where the image was cut out of nothing; real intensities are of the order of 1. On a resampled
@@ -92,7 +97,7 @@ class TwoStreamLoader:
     `target`: of the labelled samples alone, as nnU-Net makes it; `keys`: of all samples.
     """
 
-    def __init__(self, labeled: nnUNetDataLoader, unlabeled: UnlabeledLoader) -> None:
+    def __init__(self, labeled: nnUNetDataLoader | WithSignedDistances, unlabeled: UnlabeledLoader) -> None:
         self.labeled = labeled
         self.unlabeled = unlabeled
 
@@ -111,6 +116,35 @@ class TwoStreamLoader:
             "data_weak": unlabeled["weak"],
             "keys": np.concatenate((labeled["keys"], unlabeled["keys"])),
         }
+
+
+class WithSignedDistances:
+    """nnU-Net's labelled stream, whose batches have `distance` too: `(L, K, *patch)`, float32, the signed distance map
+    of each foreground class or region.
+
+    Made here, that is in the worker processes and after augmentation, of the target at full resolution. So it is the
+    distance within the patch, and a voxel counts as large as the configuration says, however it was scaled.
+    """
+
+    def __init__(self, loader: nnUNetDataLoader, foreground: Foreground, spacing: Sequence[float]) -> None:
+        """`loader` yields nnU-Net's batches; `spacing` is the configuration's, in mm."""
+        self.loader = loader
+        self.foreground = foreground
+        self.spacing = tuple(spacing)
+
+    def set_thread_id(self, thread_id: int) -> None:
+        self.loader.set_thread_id(thread_id)
+
+    def __iter__(self) -> WithSignedDistances:
+        return self
+
+    def __next__(self) -> dict:
+        batch = next(self.loader)
+        masks = self.foreground.masks(at_full_resolution(batch["target"])).numpy()
+        distance = np.empty(masks.shape, np.float32)
+        for index in np.ndindex(masks.shape[:2]):
+            distance[index] = signed_distance_map(masks[index], self.spacing)
+        return {**batch, "distance": torch.from_numpy(distance)}
 
 
 class _NoLabels:

@@ -12,9 +12,23 @@ from torch import Tensor
 
 
 def predicted_distance(output: Tensor) -> Tensor:
-    """The signed distance in [-1, 1] that a network's output stands for, `z = tanh(output)`, in at least single
-    precision: `k` makes differences count that half precision does not have."""
-    return torch.tanh(output.to(torch.promote_types(output.dtype, torch.float32)))
+    """The signed distance that a network's output stands for.
+
+        z = tanh(output)
+
+    Args:
+        output: any shape.
+
+    Returns:
+        In [-1, 1], of the same shape, in at least single precision: `k` of :func:`soft_mask` makes differences count
+        that half precision does not have. It also makes gradients steeper than half precision can hold, where a
+        structure is small: those are cut to its largest number, or they would cost the whole step (our decision).
+    """
+    precise = output.to(torch.promote_types(output.dtype, torch.float32))
+    if precise.requires_grad and precise.dtype != output.dtype:
+        largest = torch.finfo(output.dtype).max
+        precise.register_hook(lambda gradient: gradient.clamp(-largest, largest))
+    return torch.tanh(precise)
 
 
 def soft_mask(distance: Tensor, sharpness: float = 1500.0) -> Tensor:
@@ -26,8 +40,16 @@ def soft_mask(distance: Tensor, sharpness: float = 1500.0) -> Tensor:
 
     Args:
         distance: signed distances, negative inside, any shape; half precision is computed in single.
-        sharpness: `k`, greater than 0.
+        sharpness: `k`.
+
+    Returns:
+        In [0, 1], of the same shape, in at least single precision.
+
+    Raises:
+        ValueError: the sharpness is not greater than 0.
     """
+    if not sharpness > 0:
+        raise ValueError(f"the sharpness is {sharpness}, it must be greater than 0")
     return torch.sigmoid(-sharpness * distance.to(torch.promote_types(distance.dtype, torch.float32)))
 
 
@@ -41,14 +63,14 @@ def distance_regression(predicted: Tensor, distance: Tensor, valid: Tensor) -> T
         predicted: `(B, K, *spatial)`.
         distance: likewise; negative somewhere in each class that occurs.
         valid: boolean, `(B, 1, *spatial)`.
+
+    Returns:
+        A scalar in at least single precision.
     """
     kept = (valid & occurring(distance < 0)).to(torch.promote_types(predicted.dtype, torch.float32))
     return ((predicted - distance) ** 2 * kept).sum() / kept.sum().clamp_min(1)
 
 
-def occurring(masks: Tensor, in_batch: bool = False) -> Tensor:
-    """Which classes are anywhere in a sample, or in any sample of the batch: boolean, `(B, K, 1, ...)`, of boolean
-    masks `(B, K, *spatial)`."""
-    present = masks.flatten(2).any(2)
-    present = present.any(0, keepdim=True).expand_as(present) if in_batch else present
-    return present.reshape(*masks.shape[:2], *[1] * (masks.ndim - 2))
+def occurring(masks: Tensor) -> Tensor:
+    """Which classes are anywhere in a sample: boolean, `(B, K, 1, ...)`, of boolean masks `(B, K, *spatial)`."""
+    return masks.flatten(2).any(2).reshape(*masks.shape[:2], *[1] * (masks.ndim - 2))

@@ -53,7 +53,6 @@ class CopyPaste(WithTeacher):
         self._require("unlabeled_weight", 0 <= self.unlabeled_weight < math.inf, "finite and 0 at least")
         self._require("warm_up", 0 <= self.warm_up <= 1, "between 0 and 1")
         super().initialize()
-        self.foreground = Foreground.of(self.label_manager)
         # Of the parts of mixtures, with voxels to ignore whether or not the data set has such.
         self.partial_loss = that_ignores(super()._build_loss(), self.foreground)
 

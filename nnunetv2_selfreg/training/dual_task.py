@@ -11,12 +11,13 @@ import math
 import torch
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from nnunetv2_selfreg.data.foreground import Foreground, at_full_resolution
-from nnunetv2_selfreg.data.signed_distance import WithSignedDistances
-from nnunetv2_selfreg.features import FeatureTaps, unwrap
+from nnunetv2_selfreg.data.foreground import at_full_resolution
+from nnunetv2_selfreg.data.two_stream import WithSignedDistances
+from nnunetv2_selfreg.features import LastStageTap, unwrap
 from nnunetv2_selfreg.losses.consistency import probabilities
 from nnunetv2_selfreg.losses.dual_task import distance_regression, occurring, predicted_distance, soft_mask
 from nnunetv2_selfreg.training.semi_supervised import SemiSupervised
@@ -33,17 +34,17 @@ class DistanceTask(SemiSupervised):
     """`k` of :func:`soft_mask`, the published value."""
 
     _needs_unlabeled = False
-    _name: str
-    """Of the module in checkpoints."""
+    _name_in_checkpoints: str
+    """Of the module."""
 
     def build_distance_module(self) -> nn.Module:
-        """The module that predicts the distances, one channel for each foreground class or region."""
+        """The module that predicts the distances, one channel for each foreground class or region, and what it needs of
+        the network."""
         raise NotImplementedError
 
     def initialize(self) -> None:
         self._require("sharpness", 0 < self.sharpness < math.inf, "finite and greater than 0")
         super().initialize()
-        self.foreground = Foreground.of(self.label_manager)
         self.distance_module = self._like_the_network(self.build_distance_module())
         self.distance_optimizer, self.distance_schedule = self._optimizer_of(self.distance_module)
 
@@ -68,42 +69,38 @@ class DistanceTask(SemiSupervised):
     def trained_modules(self) -> list[tuple[nn.Module, Optimizer]]:
         return [*super().trained_modules(), (self.distance_module, self.distance_optimizer)]
 
-    def optimise(self, batch: dict) -> dict:
-        target = at_full_resolution(batch["target"])
-        unknown = self.foreground.unknown_label(target)
-        if unknown is not None:
-            cases = ", ".join(map(str, batch["keys"][: len(target)]))
-            message = (
-                f"Label {unknown} in a batch of {cases} is not among the data set's labels. Correct the label files, "
-                "and preprocess again."
-            )
-            self.print_to_log_file(message, also_print_to_console=False)
-            raise ValueError(message)
-        return super().optimise(batch)
-
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         self.distance_module.train()
         self.distance_schedule.step(self.current_epoch)
 
     def agreement(self, distance: Tensor, output: Tensor) -> Tensor:
-        """Mean squared difference of the two tasks' foreground, `mean (mask(z) - p)^2`; both get its gradient."""
+        """Mean squared difference of the two tasks' foreground.
+
+            mean ( mask(z) - p )^2
+
+        Args:
+            distance: `z`, `(B, F, *spatial)` for `F` foreground classes or regions.
+            output: of the network at full resolution, `(B, K, *spatial)`, with background unless there are regions.
+
+        Returns:
+            A scalar; both sides get its gradient.
+        """
         foreground = probabilities(output, self.foreground.regions)[:, -self.foreground.count :]  # no background
         return ((soft_mask(distance, self.sharpness) - foreground) ** 2).mean()
 
-    def combined(self, supervised: dict[str, Tensor], weights: dict[str, float], agreement: Tensor) -> Tensor:
-        """The weighted sum of the supervised terms and the ramped agreement, which are kept for the log."""
-        self.keep_terms({**supervised, "consistency": agreement, "consistency_weight": torch.tensor(self.ramp)})
-        return sum(weights.get(name, 1.0) * term for name, term in supervised.items()) + self.ramp * agreement
-
     def extra_state(self) -> dict:
         weights, optimizer = unwrap(self.distance_module).state_dict(), self.distance_optimizer.state_dict()
-        return {**super().extra_state(), self._name: weights, f"{self._name}_optimizer": optimizer}
+        return {
+            **super().extra_state(),
+            self._name_in_checkpoints: weights,
+            f"{self._name_in_checkpoints}_optimizer": optimizer,
+        }
 
     def load_extra_state(self, state: dict) -> None:
         super().load_extra_state(state)
-        unwrap(self.distance_module).load_state_dict(state[self._name])
-        self.distance_optimizer.load_state_dict(state[f"{self._name}_optimizer"])
+        unwrap(self.distance_module).load_state_dict(state[self._name_in_checkpoints])
+        self.distance_optimizer.load_state_dict(state[f"{self._name_in_checkpoints}_optimizer"])
 
 
 class DualTask(DistanceTask):
@@ -118,14 +115,14 @@ class DualTask(DistanceTask):
 
     distance_weight: float = 0.3
     """`beta`."""
-    _name = "distance_head"
+    _name_in_checkpoints = "distance_head"
 
     def initialize(self) -> None:
         self._require("distance_weight", 0 <= self.distance_weight < math.inf, "finite and 0 at least")
         super().initialize()
 
     def build_distance_module(self) -> nn.Module:
-        self.taps = FeatureTaps(self.network)  # raises for networks without stages
+        self.tap = LastStageTap(self.network)  # first, since it raises for networks without stages
         segmentation_head = unwrap(self.network).decoder.seg_layers[-1]
         return type(segmentation_head)(segmentation_head.in_channels, self.foreground.count, kernel_size=1)
 
@@ -133,14 +130,16 @@ class DualTask(DistanceTask):
         return WithSignedDistances(super().labeled_stream(loader), self.foreground, self.configuration_manager.spacing)
 
     def semi_supervised_loss(self, output, target, batch) -> Tensor:
-        distance = predicted_distance(self.distance_module(self.taps.take().final))
+        distance = predicted_distance(self.distance_module(self.tap.take().final))
         labeled = len(batch["distance"])
         valid = self.foreground.valid(at_full_resolution(target))
         terms = {
             "segmentation": self.supervised_loss(output, target),
             "distance": distance_regression(distance[:labeled], batch["distance"], valid),
+            "consistency": self.agreement(distance, output[0]),
         }
-        return self.combined(terms, {"distance": self.distance_weight}, self.agreement(distance, output[0]))
+        self.keep_terms({**terms, "consistency_weight": torch.tensor(self.ramp)})
+        return terms["segmentation"] + self.distance_weight * terms["distance"] + self.ramp * terms["consistency"]
 
 
 class DualTaskMutual(DistanceTask):
@@ -154,7 +153,7 @@ class DualTaskMutual(DistanceTask):
     batch) counts as found, without gradient (our decisions).
     """
 
-    _name = "distance_network"
+    _name_in_checkpoints = "distance_network"
 
     def initialize(self) -> None:
         super().initialize()
@@ -177,13 +176,30 @@ class DualTaskMutual(DistanceTask):
 
     def semi_supervised_loss(self, output, target, batch) -> Tensor:
         distance = predicted_distance(self.distance_module(batch["data"]))
-        target_here = at_full_resolution(target)
-        masks, valid = self.foreground.masks(target_here), self.foreground.valid(target_here)
-        # Dice of a class that does not occur would be a step of height 1 where the last false voxel goes: its gradient,
-        # steepened by the soft mask, is too large for half precision.
-        counted = valid & occurring(masks, self.configuration_manager.batch_dice)
         terms = {
             "segmentation": self.supervised_loss(output, target),
-            "distance": self.dice(soft_mask(distance[: len(masks)], self.sharpness), masks, counted),
+            "distance_dice": self.distance_dice(distance, at_full_resolution(target)),
+            "consistency": self.agreement(distance, output[0]),
         }
-        return self.combined(terms, {}, self.agreement(distance, output[0]))
+        self.keep_terms({**terms, "consistency_weight": torch.tensor(self.ramp)})
+        return terms["segmentation"] + terms["distance_dice"] + self.ramp * terms["consistency"]
+
+    def distance_dice(self, distance: Tensor, target: Tensor) -> Tensor:
+        """Minus the Dice of `mask(z)`, in [-1, 0].
+
+        The Dice of a class that does not occur would be a step of height 1 where the last false voxel goes: its
+        gradient, steepened by the soft mask, is too large for half precision. So such a class counts as found.
+
+        Args:
+            distance: `z`, `(B, F, *spatial)`, the labelled samples first.
+            target: of these, at full resolution.
+        """
+        masks = self.foreground.masks(target)
+        occurs = occurring(masks)
+        if self.dice.batch_dice:  # nnU-Net's Dice is then that of all samples, on all ranks
+            occurs = occurs.any(0, keepdim=True).int()
+            if self.dice.ddp:
+                dist.all_reduce(occurs, dist.ReduceOp.MAX)
+            occurs = occurs.bool()
+        soft = soft_mask(distance[: len(masks)], self.sharpness)
+        return self.dice(soft, masks, self.foreground.valid(target) & occurs)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
+from nnunetv2_selfreg.data.foreground import Foreground, at_full_resolution
 from nnunetv2_selfreg.data.splits import read_splits
 from nnunetv2_selfreg.data.two_stream import TwoStreamLoader, UnlabeledLoader
 from nnunetv2_selfreg.data.unlabeled import UnlabeledPool, find_pool, recipe
@@ -95,6 +96,7 @@ class SemiSupervised(ReliableTraining):
             )
         self._require("ramp_up_length", self.ramp_up_length > 0, "greater than 0")
         super().initialize()
+        self.foreground = Foreground.of(self.label_manager)
         self._terms: dict[str, Tensor] = {}
 
     def _require(self, name: str, fulfilled: bool, what: str) -> None:
@@ -107,15 +109,11 @@ class SemiSupervised(ReliableTraining):
 
     def optimise(self, batch: dict) -> dict:
         # nnU-Net's train_step with another loss: it has no seam between forward pass and loss.
-        batch = {name: self._to_device(value) for name, value in batch.items()}
+        self._refuse_unknown_labels(batch)
         trained = self.trained_modules()
         for _, optimizer in trained:
             optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
-            batch = self.student_batch(batch)
-            output = self.network(batch["data"])
-            output = output if isinstance(output, (list, tuple)) else [output]
-            loss = self.semi_supervised_loss(output, batch["target"], batch)
+        loss = self.loss_of(batch)
         scaler = self.grad_scaler
         (loss if scaler is None else scaler.scale(loss)).backward()
         for module, optimizer in trained:
@@ -128,6 +126,24 @@ class SemiSupervised(ReliableTraining):
         self.after_step()
         self._steps_in_epoch += 1
         return {"loss": loss.detach().cpu().numpy()}
+
+    def _refuse_unknown_labels(self, batch: dict) -> None:
+        """A label out of range would end a GPU's work with an assertion that names nothing."""
+        unknown = self.foreground.unknown_labels(at_full_resolution(batch["target"]))
+        if unknown:
+            found = ", ".join(f"{label} in {batch['keys'][sample]}" for sample, label in unknown.items())
+            message = f"Not among the data set's labels: {found}. Correct the label files, and preprocess again."
+            self.print_to_log_file(message, also_print_to_console=False)
+            raise ValueError(message)
+
+    def loss_of(self, batch: dict) -> Tensor:
+        """The loss of a loader's batch, through the network."""
+        batch = {name: self._to_device(value) for name, value in batch.items()}
+        with torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
+            batch = self.student_batch(batch)
+            output = self.network(batch["data"])
+            output = output if isinstance(output, (list, tuple)) else [output]
+            return self.semi_supervised_loss(output, batch["target"], batch)
 
     def trained_modules(self) -> list[tuple[nn.Module, Optimizer]]:
         """What a step optimises. The gradients of each module are clipped on their own, as nnU-Net clips them."""
@@ -201,7 +217,8 @@ class SemiSupervised(ReliableTraining):
             return self.batch_size
         if self.unlabeled_batch_size == 0 and not self._needs_unlabeled:
             return 0
-        self._require("unlabeled_batch_size", self.unlabeled_batch_size >= 1, "1 at least, or None")
+        possible = "1 at least, or None" if self._needs_unlabeled else "0 at least, or None"
+        self._require("unlabeled_batch_size", self.unlabeled_batch_size >= 1, possible)
         world = dist.get_world_size() if self.is_ddp else 1
         if self.unlabeled_batch_size < world:
             raise ValueError(f"unlabeled_batch_size is {self.unlabeled_batch_size}, fewer than the {world} processes")

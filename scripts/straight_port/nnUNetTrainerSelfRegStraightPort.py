@@ -1,4 +1,4 @@
-"""SelfReg computed the published way, for comparison of its cost only: full maps are permuted, normalised and pooled.
+"""SelfReg computed the published way, for comparison: full maps are permuted, normalised and pooled.
 
 Own code after the description of the released program in Zhu et al., MICCAI 2024, taken from 2D to any dimension. The
 result is that of nnUNetTrainerSelfReg; the work is not.

@@ -1,17 +1,15 @@
-"""Signed distances against a comparison of every pair of voxels; foreground masks of nnU-Net's targets."""
+"""Signed distances against a comparison of every pair of voxels."""
 
-import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from nnunetv2_selfreg.data import signed_distance_map
-from nnunetv2_selfreg.data.foreground import Foreground
-from nnunetv2_selfreg.data.signed_distance import WithSignedDistances
 
 
 def by_all_pairs(mask: np.ndarray, spacing) -> np.ndarray:
@@ -43,16 +41,16 @@ def test_equals_all_pairs_and_keeps_the_mask(mask, spacing):
 
 
 @pytest.mark.parametrize("shape", [(9, 8), (6, 9, 8)])
-@pytest.mark.parametrize("where", ["middle", "corner", "border", "two parts"])
-def test_masks_that_touch_the_border_or_have_a_single_voxel(shape, where):
-    mask = np.zeros(shape, bool)
+@pytest.mark.parametrize("where", ["empty", "full", "middle", "corner", "border", "two parts"])
+def test_masks_that_are_empty_or_full_or_touch_the_border_or_have_a_single_voxel(shape, where):
+    mask = np.full(shape, where == "full")
     if where == "middle":
         mask[tuple(s // 2 for s in shape)] = True
     elif where == "corner":
         mask[tuple(s - 1 for s in shape)] = True
     elif where == "border":
         mask[..., :3] = True
-    else:
+    elif where == "two parts":
         mask[tuple(slice(0, 2) for _ in shape)] = mask[tuple(slice(-3, None) for _ in shape)] = True
     for spacing in (None, [2.5, 1, 0.7][-len(shape) :]):
         expected = by_all_pairs(mask, spacing or [1] * len(shape))
@@ -73,59 +71,13 @@ def test_spacing_must_be_positive_for_each_axis(spacing):
 
 
 def test_mask_must_be_boolean():
-    with pytest.raises(TypeError, match="uint8"):
+    with pytest.raises(TypeError, match="the mask is an array of uint8"):
         signed_distance_map(np.ones((3, 3), np.uint8))
+    with pytest.raises(TypeError, match="the mask is a list, it must be a boolean NumPy array"):
+        signed_distance_map([[True, False]])
 
 
-def test_masks_of_classes_leave_ignored_voxels_out():
-    foreground = Foreground(2, regions=False, ignore_label=3)
-    target = torch.tensor([0, 1, 2, 3]).reshape(1, 1, 2, 2).float()
-    assert foreground.masks(target)[0].flatten(1).tolist() == [[False, True, False, False], [False, False, True, False]]
-    assert foreground.valid(target).flatten().tolist() == [True, True, True, False]
-
-
-def test_masks_of_regions_leave_ignored_voxels_out():
-    foreground = Foreground(2, regions=True, ignore_label=3)
-    target = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]]).reshape(1, 3, 2, 2).float()
-    assert foreground.masks(target)[0].flatten(1).tolist() == [[False, True, True, False], [False, False, True, False]]
-    assert foreground.valid(target).flatten().tolist() == [True, True, True, False]
-    without = Foreground(3, regions=True, ignore_label=None)
-    assert without.valid(target).all()
-    assert torch.equal(without.masks(target), target > 0)
-
-
-def test_a_label_that_the_data_set_does_not_have_is_found():
-    known, ignored, unknown = (torch.tensor([[[[label, 1.0]]]]) for label in (2, 3, 4))
-    plain, ignoring = (Foreground(2, regions=False, ignore_label=label) for label in (None, 3))
-    assert [plain.unknown_label(target) for target in (known, ignored, unknown)] == [None, 3, 4]
-    assert [ignoring.unknown_label(target) for target in (known, ignored, unknown)] == [None, None, 4]
-
-
-class Labeled:
-    """A labelled stream of one batch, as nnU-Net's loader yields it."""
-
-    def set_thread_id(self, thread_id):
-        self.thread = thread_id
-
-    def __next__(self):
-        target = torch.zeros(2, 1, 4, 6, 5)
-        target[0, 0, 1:3, 2:4] = 1
-        target[1, 0, :2] = 2
-        return {"data": torch.zeros(2, 1, 4, 6, 5), "target": [target, target[..., ::2, ::2, ::2]], "keys": ["a", "b"]}
-
-
-@pytest.mark.parametrize("copied", [False, True])
-def test_stream_brings_the_maps_of_each_class_in_the_spacing_given(copied):
-    spacing = (3.0, 1.0, 0.5)
-    stream = WithSignedDistances(Labeled(), Foreground(2, regions=False, ignore_label=None), spacing)
-    if copied:  # as worker processes that are not forked get it
-        stream = pickle.loads(pickle.dumps(stream))
-    stream.set_thread_id(3)  # as nnU-Net's augmenter does in each worker
-    assert stream.loader.thread == 3
-    batch = next(iter(stream))
-    assert batch["distance"].shape == (2, 2, 4, 6, 5)
-    for sample in (0, 1):
-        for label in (1, 2):
-            mask = (batch["target"][0][sample, 0] == label).numpy()
-            expected = by_all_pairs(mask, spacing)
-            np.testing.assert_allclose(batch["distance"][sample, label - 1], expected, atol=1e-5)
+def test_other_data_modules_need_neither_torch_nor_edt():
+    """The command line's, for one, should start at once, and with a damaged edt too."""
+    program = "import sys, nnunetv2_selfreg.data.signed_distance; assert not {'torch', 'edt'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,6 +1,7 @@
 """The batch of two streams: its parts, the geometry of the views, the modes of loading."""
 
 import multiprocessing
+import pickle
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from workspace import Run, put_batch_shapes
 
-from nnunetv2_selfreg.data.two_stream import TwoViews, outside_of_body
+from nnunetv2_selfreg.data import signed_distance_map
+from nnunetv2_selfreg.data.foreground import Foreground
+from nnunetv2_selfreg.data.two_stream import TwoViews, WithSignedDistances, outside_of_body
+from nnunetv2_selfreg.training.dual_task import DualTask
 
 
 def transforms(dimension: int, dummy_2d: bool = False, masks: bool = False):
@@ -149,9 +153,19 @@ def test_unlabelled_crops_come_from_anywhere(configuration, data_sets):
         assert {length // 2 + offset for offset in range(5)} <= set(positions)  # nnU-Net pads odd margins by one more
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_loader_goes_to_a_worker_however_it_is_started(method, data_sets):
-    trainer = Run(data_sets.name("labels"), "2d", "nnUNetTrainerMeanTeacher_2epochs_2iters").build()
+@pytest.mark.parametrize(
+    ("method", "trainer", "unlabeled"),
+    [
+        ("fork", "nnUNetTrainerMeanTeacher", 2),
+        ("forkserver", "nnUNetTrainerMeanTeacher", 2),
+        ("spawn", "nnUNetTrainerMeanTeacher", 2),
+        ("fork", "nnUNetTrainerDualTask", 0),
+        ("spawn", "nnUNetTrainerDualTask", 2),
+    ],
+)
+def test_loader_goes_to_a_worker_however_it_is_started(method, trainer, unlabeled, data_sets):
+    trainer = Run(data_sets.name("labels"), "2d", f"{trainer}_2epochs_2iters").build()
+    trainer.unlabeled_batch_size = unlabeled
     trainer.initialize()
     loader, _ = trainer.get_dataloaders()
     context = multiprocessing.get_context(method)
@@ -160,7 +174,10 @@ def test_loader_goes_to_a_worker_however_it_is_started(method, data_sets):
     worker.start()
     shapes = queue.get(timeout=120)
     worker.join()
-    assert (shapes["data"][0], shapes["data_weak"][0], worker.exitcode) == (4, 2, 0)
+    expected = {"data": 2 + unlabeled} | ({"data_weak": unlabeled} if unlabeled else {})
+    expected |= {"distance": 2} if isinstance(trainer, DualTask) else {}
+    assert {name: shape[0] for name, shape in shapes.items()} == expected
+    assert worker.exitcode == 0
 
 
 @pytest.mark.parametrize("number", [0, -1])
@@ -170,3 +187,33 @@ def test_impossible_number_of_unlabelled_samples_is_an_error(number, data_sets):
     trainer.initialize()
     with pytest.raises(ValueError, match=f"unlabeled_batch_size is {number}"):
         trainer.get_dataloaders()
+
+
+class Labeled:
+    """A labelled stream of one batch, as nnU-Net's loader yields it."""
+
+    def set_thread_id(self, thread_id):
+        self.thread = thread_id
+
+    def __next__(self):
+        target = torch.zeros(2, 1, 4, 6, 5)
+        target[0, 0, 1:3, 2:4] = 1
+        target[1, 0, :2] = 2
+        return {"data": torch.zeros(2, 1, 4, 6, 5), "target": [target, target[..., ::2, ::2, ::2]], "keys": ["a", "b"]}
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_stream_brings_the_maps_of_each_class_in_the_spacing_given(copied):
+    spacing = (3.0, 1.0, 0.5)
+    stream = WithSignedDistances(Labeled(), Foreground(2, regions=False, ignore_label=None), spacing)
+    if copied:  # as worker processes that are not forked get it
+        stream = pickle.loads(pickle.dumps(stream))
+    stream.set_thread_id(3)  # as nnU-Net's augmenter does in each worker
+    assert stream.loader.thread == 3
+    batch = next(iter(stream))
+    assert batch["distance"].shape == (2, 2, 4, 6, 5)
+    for sample in (0, 1):
+        for label in (1, 2):
+            mask = (batch["target"][0][sample, 0] == label).numpy()
+            expected = signed_distance_map(mask, spacing)
+            np.testing.assert_array_equal(batch["distance"][sample, label - 1], expected)

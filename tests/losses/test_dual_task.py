@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis.extra.numpy import array_shapes, arrays
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
 from nnunetv2_selfreg.data import signed_distance_map
 from nnunetv2_selfreg.losses.dual_task import distance_regression, occurring, predicted_distance, soft_mask
@@ -37,11 +38,10 @@ def test_predicted_distance_keeps_the_precision():
     assert torch.equal(predicted_distance(output), output.tanh())
 
 
-def test_classes_occur_in_a_sample_or_in_the_batch():
+def test_classes_that_occur_in_a_sample():
     masks = torch.zeros(2, 2, 3, 3, dtype=torch.bool)
     masks[0, 1, 2, 2] = True
     assert occurring(masks).flatten(1).tolist() == [[False, True], [False, False]]
-    assert occurring(masks, in_batch=True).flatten(1).tolist() == [[False, True], [False, True]]
     assert occurring(masks).shape == (2, 2, 1, 1)
 
 
@@ -56,6 +56,26 @@ def test_transform_and_gradient_are_finite_in_half_precision(dtype):
     assert distance.grad.isfinite().all()
     assert soft[0] == 1
     assert soft[-1] == 0
+
+
+@pytest.mark.parametrize("voxels", [1, 5, 50])
+def test_gradient_of_a_small_structure_fits_in_half_precision(voxels):
+    """nnU-Net's Dice of a structure about which the network is undecided, times its gradient scaler's first scale."""
+    target = torch.zeros(1, 1, 16, 16, 16, dtype=torch.bool)
+    target.view(-1)[:voxels] = True
+    output = torch.where(target, -3.0, 3.0).half()
+    output.view(-1)[0] = 0
+    output.requires_grad_()
+    dice = MemoryEfficientSoftDiceLoss(do_bg=True, smooth=1e-5, ddp=False)
+    (2**16 * dice(soft_mask(predicted_distance(output)), target)).backward()
+    assert output.grad.isfinite().all()
+    assert output.grad.view(-1)[0].abs() > 1000
+
+
+@pytest.mark.parametrize("sharpness", [0, -1, float("nan")])
+def test_sharpness_must_be_positive(sharpness):
+    with pytest.raises(ValueError, match="the sharpness is"):
+        soft_mask(torch.zeros(1), sharpness)
 
 
 def test_slope_at_the_surface_is_a_quarter_of_the_sharpness():

@@ -2,8 +2,10 @@
 
 import csv
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -96,7 +98,6 @@ def test_run_from_the_raw_data_set_is_measured_then_skipped_then_repeated_when_i
 ):
     monkeypatch.setenv("nnUNet_preprocessed", str(protocol / "new"))
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # nnU-Net's planner sets so many threads
-    (protocol / "new").mkdir()
     content = load_json(str(protocol / "protocols" / "tiny.json"))
     content["scales"]["cpu"] |= {"plans": "Coarse", "spacing": [3.5, 3, 3], "architecture": {}}
     save_json(content, str(protocol / "protocols" / "tiny.json"))
@@ -119,6 +120,8 @@ def test_run_from_the_raw_data_set_is_measured_then_skipped_then_repeated_when_i
     assert result["peak_memory_mib"] > 50
     assert 0 < result["prediction_seconds"] < 600
     assert result["failure"] is None
+    assert result["environment"]["nnUNet_n_proc_DA"] == "1"
+    assert result["commit"] is None or re.fullmatch(r"[0-9a-f]{7,}\+?", result["commit"])
     with (folder / "metrics.csv").open(newline="") as file:
         assert {row["case"] for row in csv.DictReader(file)} == set(splits[5]["val"])
     predictions = {file.name for file in (folder / result["validation"]).glob("*.nii.gz")}
@@ -131,8 +134,9 @@ def test_run_from_the_raw_data_set_is_measured_then_skipped_then_repeated_when_i
     assert len(load_json(str(data_set / "splits_final.json"))) == 6
 
     (folder / "result.json").unlink()
-    for checkpoint in folder.rglob("checkpoint_*.pth"):
-        os.truncate(checkpoint, checkpoint.stat().st_size // 2)
+    halves = [data_set / "dataset_fingerprint.json", data_set / "Coarse.json"]
+    for file in [*folder.rglob("checkpoint_*.pth"), *halves]:
+        os.truncate(file, file.stat().st_size // 2)
     assert run(monkeypatch, protocol) == 0
     assert "checkpoint_final.pth is broken and removed" in capsys.readouterr().err
     assert load_json(str(folder / "result.json"))["curves"]["train_losses"] != result["curves"]["train_losses"]
@@ -245,6 +249,15 @@ def test_lock_is_waited_for_and_names_who_holds_it(tmp_path, capsys):
     assert entered.wait(30)
     thread.join()
     assert f"{tmp_path / 'lock'} is locked by another process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("note", ["{host} 1", "{host} 1 0.5", "elsewhere 1 2e10"])
+def test_half_a_note_or_another_machines_or_an_older_one_is_not_waited_for(note, tmp_path, monkeypatch):
+    (tmp_path / "lock").write_text(note.format(host=socket.gethostname()))
+    monkeypatch.setattr(locks, "kill_group", lambda group: pytest.fail("a stranger's group is ended"))
+    with locks.locked(tmp_path / "lock"):
+        pass
+    assert (tmp_path / "lock").read_text() == ""
 
 
 @pytest.mark.parametrize("leader_is_dead", [False, True])
@@ -401,6 +414,17 @@ def test_memory_of_a_gpu_is_what_the_driver_says(tmp_path, monkeypatch):
     assert (tmp_path / "asked").read_text().splitlines()[0].endswith("-i 3")
 
 
+@pytest.mark.parametrize("answer", [None, "[N/A]"])
+def test_memory_of_a_gpu_is_unknown_where_nobody_tells(answer, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if answer:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{answer}'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    memory = Memory("cuda")
+    memory.look()
+    assert memory.highest == 0
+
+
 def test_half_preprocessed_folder_is_made_anew_only_if_it_was_begun_here(protocol, tmp_path):
     tiny = protocols.Protocol.load("tiny", "cpu")
     folder = tiny.folder / "nnUNetPlans_3d_fullres"
@@ -526,7 +550,7 @@ def test_protocols_of_the_repository_load_at_every_scale(name):
     assert {"cpu", "full"} <= set(scales)
     for scale in scales:
         loaded = protocols.Protocol.load(name, scale)
-        assert loaded.device == ("cpu" if scale == "cpu" else "cuda")
+        assert loaded.device == ("cpu" if scale in ("cpu", "long") else "cuda")
         assert bool(loaded.folds) != bool(loaded.split)
 
 

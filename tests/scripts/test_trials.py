@@ -19,6 +19,7 @@ LAMBDAS = {
     "Warm": (0.015 * 0.0067379, 0.015 * 0.0067379),  # exp(-5) at the start
     "Unit": (0.015, 0.015),
     "AllBlocks": (0.015, 0.015),
+    "IntoFinal": (0.015, 0.015),
 }
 # After a fifth of the training, which is half of the default ramp: 10 exp(-5 / 4).
 HALF_WAY = 2.8650480
@@ -121,6 +122,15 @@ def test_every_convolution_block_is_read(started):
     convolutions = [[m for stage in part for m in stage.modules() if hasattr(m, "all_modules")] for part in stages]
     assert [len(part) for part in trainer.loss.taps.blocks(trainer.network)] == [len(part) for part in convolutions]
     assert trainer.loss.taps.blocks(trainer.network)[1][-1] is stages[1][-1].convs[-1]
+
+
+@pytest.mark.parametrize("variant", ["", "IntoFinal"])
+def test_gradient_of_scr_in_the_last_stage(variant, started):
+    loss = started(f"nnUNetTrainerSelfReg{variant}").loss
+    features, final = [torch.randn(2, 6, 4, 4, requires_grad=True)], torch.randn(2, 4, 8, 8, requires_grad=True)
+    loss._scr(features, final).backward()
+    assert features[0].grad.abs().sum() > 0
+    assert (final.grad is not None and final.grad.abs().sum() > 0) == (variant == "IntoFinal")
 
 
 @pytest.mark.parametrize("variant", CONSISTENCY_WEIGHTS)

@@ -6,11 +6,15 @@ class _DualTask(TrainerMatrix):
     trains_cascades = False
 
 
-class TestDualTask(_DualTask):
+class _Mutual(_DualTask):
+    terms = ("segmentation", "distance_dice", "consistency", "consistency_weight")
+
+
+class TestDualTask(_DualTask, TrainerContract):
     trainer = "nnUNetTrainerDualTask"
 
 
-class TestDualTaskMutual(_DualTask, TrainerContract):
+class TestDualTaskMutual(_Mutual, TrainerContract):
     trainer = "nnUNetTrainerDualTaskMutual"
     chosen = FOUR_CELLS
 
@@ -21,7 +25,7 @@ class TestSelfRegDualTask(_DualTask):
     terms = (*_DualTask.terms, "scr", "ifd")
 
 
-class TestSelfRegDualTaskMutual(_DualTask):
+class TestSelfRegDualTaskMutual(_Mutual):
     trainer = "nnUNetTrainerSelfRegDualTaskMutual"
     chosen = TWO_CELLS
-    terms = (*_DualTask.terms, "scr", "ifd")
+    terms = (*_Mutual.terms, "scr", "ifd")

@@ -13,7 +13,8 @@ from nnunetv2_selfreg.data import signed_distance_map
 from nnunetv2_selfreg.errors import CommandError
 
 LENGTH = "_4epochs_2iters"
-FAMILIES = ("nnUNetTrainerDualTask", "nnUNetTrainerDualTaskMutual")
+DISTANCE_TERM = {"nnUNetTrainerDualTask": "distance", "nnUNetTrainerDualTaskMutual": "distance_dice"}
+FAMILIES = tuple(DISTANCE_TERM)
 
 
 @pytest.fixture
@@ -52,9 +53,13 @@ def outputs_of(trainer, batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("variant", ["labels", "regions", "ignore", "regions_ignore"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_terms_are_recomputed_from_the_outputs(family, variant, data_sets, results):
-    trainer = start(Run(data_sets.name(variant), "3d_fullres", family + LENGTH).build())
+@pytest.mark.parametrize(
+    ("family", "configuration"), [*((family, "3d_fullres") for family in FAMILIES), (FAMILIES[1], "2d")]
+)
+def test_terms_are_recomputed_from_the_outputs(family, configuration, variant, data_sets, results):
+    """In 2D nnU-Net takes the Dice of the whole batch."""
+    trainer = start(Run(data_sets.name(variant), configuration, family + LENGTH).build())
+    assert trainer.configuration_manager.batch_dice == (configuration == "2d")
     trainer.sharpness = 3.0
     trainer.distance_weight = 0.7
     trainer.train_step(next(trainer.dataloader_train))
@@ -66,7 +71,8 @@ def test_terms_are_recomputed_from_the_outputs(family, variant, data_sets, resul
     agreement = float(((torch.sigmoid(-3 * distance) - foreground) ** 2).mean())
     if family.endswith("Mutual"):
         dice = SoftDiceLoss(batch_dice=trainer.configuration_manager.batch_dice, smooth=1e-5, ddp=False)
-        present = torch.from_numpy(masks.any((2, 3, 4), keepdims=True))
+        whole = (0,) if trainer.configuration_manager.batch_dice else ()
+        present = torch.from_numpy(masks.any((*whole, *range(2, masks.ndim)), keepdims=True))
         soft = torch.sigmoid(-3 * distance[:labelled]) * present
         expected = float(dice(soft, torch.from_numpy(masks), loss_mask=torch.from_numpy(valid)))
         weight = 1
@@ -80,9 +86,9 @@ def test_terms_are_recomputed_from_the_outputs(family, variant, data_sets, resul
         expected = np.concatenate(squares).mean()
         weight = 0.7
     outputs = trainer.train_step(batch)
-    assert outputs["distance"] == pytest.approx(expected, rel=1e-4)
+    assert outputs[DISTANCE_TERM[family]] == pytest.approx(expected, rel=1e-4)
     assert outputs["consistency"] == pytest.approx(agreement, rel=1e-4)
-    total = outputs["segmentation"] + weight * outputs["distance"] + trainer_ramp(1) * agreement
+    total = outputs["segmentation"] + weight * expected + trainer_ramp(1) * agreement
     assert outputs["loss"] == pytest.approx(total, rel=1e-4)
     assert outputs["consistency_weight"] == pytest.approx(trainer_ramp(1), rel=1e-5)
 
@@ -119,7 +125,7 @@ def test_agreement_teaches_both_tasks(run, monkeypatch):
     trainer.sharpness, trainer.distance_weight = 3.0, 0.0
     trainer.current_epoch = trainer.num_epochs
     monkeypatch.setattr(trainer, "supervised_loss", lambda output, _: 0 * output[0].sum())
-    trainer.dice = lambda predicted, *_: 0 * predicted.sum()
+    trainer.distance_dice = lambda distance, _: 0 * distance.sum()
     output = trainer.network(batch["data"])
     trainer.semi_supervised_loss(output, batch["target"], batch).backward()
     for module in (trainer.network.decoder.seg_layers[-1], trainer.network.encoder, trainer.distance_module):
@@ -169,7 +175,7 @@ def test_compiled_training_is_the_eager_one(run):
     """Compiled as on a GPU, by the backend that generates no code; the module beside the network too."""
     torch._dynamo.reset()
     compile_ = torch.compile
-    losses = []
+    steps = []
     for compiled in (False, True):
         torch.manual_seed(0)
         trainer = run.build()
@@ -178,14 +184,15 @@ def test_compiled_training_is_the_eager_one(run):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "compile", lambda module, **kw: compile_(module, **{**kw, "backend": "aot_eager"}))
             trainer = start(trainer)
-            batch = losses[0][0] if losses else next(trainer.dataloader_train)
+            batch = steps[0][0] if steps else next(trainer.dataloader_train)
             torch.manual_seed(2)
             for part in (trainer.network, trainer.distance_module):
                 for parameter in part.parameters():
                     torch.nn.init.normal_(parameter, std=0.1)
-            losses.append((batch, float(trainer.train_step(copy.deepcopy(batch))["loss"])))
+            loss = float(trainer.train_step(copy.deepcopy(batch))["loss"])
+            steps.append((batch, loss, weights(trainer.network), weights(trainer.distance_module)))
     assert isinstance(trainer.distance_module, torch._dynamo.OptimizedModule)
-    assert losses[1][1] == pytest.approx(losses[0][1], rel=1e-4)
+    torch.testing.assert_close(steps[1][1:], steps[0][1:], rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
 
 
@@ -207,7 +214,13 @@ def test_resumed_training_equals_one_without_interruption(run, tmp_path, monkeyp
         momenta = [[s["momentum_buffer"] for s in o.state_dict()["state"].values()] for o in (mine, theirs)]
         torch.testing.assert_close(*momenta, rtol=0, atol=0)
     curves = [t.logger.local_logger.my_fantastic_logging for t in (whole, second)]
-    for name in ("distance", "consistency", "consistency_weight", "train_losses", "mean_fg_dice"):
+    for name in (
+        DISTANCE_TERM[run.trainer.removesuffix(LENGTH)],
+        "consistency",
+        "consistency_weight",
+        "train_losses",
+        "mean_fg_dice",
+    ):
         np.testing.assert_array_equal(curves[1][name], curves[0][name])
 
 
@@ -269,17 +282,21 @@ def test_class_that_never_occurs_costs_nothing(run):
     trainer.agreement = lambda *_: torch.tensor(0.0)
     outputs = trainer.train_step({**batch, "target": background, **outside})
     assert all(np.isfinite(value) for value in outputs.values())
-    assert outputs["distance"] == (-1 if "Mutual" in run.trainer else 0)  # a Dice loss of 1, or an error of 0
+    distance = outputs[DISTANCE_TERM[run.trainer.removesuffix(LENGTH)]]
+    assert distance == (-1 if "Mutual" in run.trainer else 0)  # a Dice loss of 1, or an error of 0
     assert not any(p.grad.any() for p in trainer.distance_module.parameters() if p.grad is not None)
 
 
-def test_label_that_the_data_set_does_not_have_is_named_with_its_cases(run):
-    trainer = start(run.build())
+@pytest.mark.parametrize("family", [*FAMILIES, "nnUNetTrainerMeanTeacher"])
+@pytest.mark.parametrize("label", [7, -1])
+def test_label_that_the_data_set_does_not_have_is_named_with_its_case(family, label, data_sets, results):
+    trainer = start(Run(data_sets.name("labels"), "2d", family + LENGTH).build())
     batch = next(trainer.dataloader_train)
-    batch["target"][0][0, 0, 0, 0, 0] = 7
-    with pytest.raises(ValueError, match=rf"Label 7 in a batch of {batch['keys'][0]}, .* is not among the data set's"):
+    batch["target"][0][1, 0, 0, 0] = label
+    found = f"Not among the data set's labels: {label} in {batch['keys'][1]}. Correct"
+    with pytest.raises(ValueError, match=found):
         trainer.train_step(batch)
-    assert "Label 7 in a batch of" in Path(trainer.log_file).read_text()
+    assert found in Path(trainer.log_file).read_text()
 
 
 @pytest.mark.parametrize(

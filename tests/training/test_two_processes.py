@@ -49,7 +49,7 @@ def train(rank: int, folder: str, run: Run) -> None:
             "outputs": outputs,
             "weights": [p.detach() for p in trainer.network.parameters()],
             "curves": trainer.logger.local_logger.my_fantastic_logging,
-            "empty": all(part.taps.empty for part in (trainer, trainer.loss) if hasattr(part, "taps")),
+            "empty": all(taps.empty for taps in taps_of(trainer)),
             "unlabeled": unlabeled,
             "first_teacher": first_teacher,
             "teacher": copied_weights(trainer, "teacher"),
@@ -64,6 +64,10 @@ def train(rank: int, folder: str, run: Run) -> None:
     dist.destroy_process_group()
 
 
+def taps_of(trainer) -> list:
+    return [getattr(part, name) for part, name in ((trainer, "tap"), (trainer.loss, "taps")) if hasattr(part, name)]
+
+
 def copied_weights(trainer, part: str) -> list[torch.Tensor]:
     return [p.detach().clone() for p in getattr(trainer, part).parameters()] if hasattr(trainer, part) else []
 
@@ -73,7 +77,7 @@ TERMS = {
     "nnUNetTrainerSelfRegUAMeanTeacher": {"segmentation", "scr", "ifd", "consistency", "kept_voxels", "student_dice"},
     "nnUNetTrainerSelfRegCopyPaste": {"segmentation", "scr", "ifd", "labeled_part", "unlabeled_part", "student_dice"},
     "nnUNetTrainerDualTask": {"segmentation", "distance", "consistency"},
-    "nnUNetTrainerSelfRegDualTaskMutual": {"segmentation", "scr", "ifd", "distance", "consistency"},
+    "nnUNetTrainerSelfRegDualTaskMutual": {"segmentation", "scr", "ifd", "distance_dice", "consistency"},
 }
 
 
@@ -122,3 +126,30 @@ def test_nothing_is_kept_and_one_rank_writes(ranks):
     results, files, _ = ranks
     assert all(result["empty"] for result in results)
     assert sorted(f for f in files if f.endswith((".pth", ".part"))) == ["checkpoint_best.pth", "checkpoint_final.pth"]
+
+
+def dice_of_a_share(rank: int, folder: str, run: Run, distance: torch.Tensor, target: torch.Tensor) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    trainer = on_the_cpu(run.build())
+    trainer.initialize()
+    torch.save(trainer.distance_dice(distance[rank::2], target[rank::2]), f"{folder}/dice{rank}.pth")
+    dist.barrier()
+    vars(trainer).clear()
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def test_batch_dice_of_a_class_that_only_one_rank_sees(data_sets, tmp_path, monkeypatch):
+    """Is that of all samples in one process: what the other rank wrongly predicts counts."""
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    run = Run(data_sets.name("labels"), "2d", "nnUNetTrainerDualTaskMutual")
+    target = torch.zeros(2, 1, 8, 8)
+    target[0, 0, :4], target[0, 0, 4:], target[1, 0, :2] = 1, 2, 2
+    distance = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0)) / 1000
+    mp.spawn(dice_of_a_share, args=(str(tmp_path), run, distance, target), nprocs=2)
+    trainer = run.build()
+    trainer.initialize()
+    expected = trainer.distance_dice(distance, target)
+    for rank in (0, 1):
+        torch.testing.assert_close(torch.load(tmp_path / f"dice{rank}.pth"), expected)

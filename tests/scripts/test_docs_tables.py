@@ -1,0 +1,49 @@
+"""The tables in the docs are those of the committed measurements."""
+
+import docs_tables
+import pandas as pd
+import pytest
+
+
+@pytest.mark.parametrize("page", docs_tables.PAGES)
+def test_page_is_up_to_date(page):
+    """Else run scripts/docs_tables.py."""
+    assert docs_tables.page(page) == (docs_tables.DOCS / page).read_text()
+
+
+def test_page_without_a_place_for_a_table_is_named():
+    with pytest.raises(ValueError, match="there are 0 places for mine"):
+        docs_tables.filled("<!-- other -->\n<!-- end -->", {"mine": "| |"})
+
+
+def test_page_with_two_places_for_a_table_is_named():
+    with pytest.raises(ValueError, match="there are 2 places for mine"):
+        docs_tables.filled(2 * "<!-- mine -->\n<!-- end -->\n", {"mine": "| |"})
+
+
+def rows(trainer: str, repetition: int, dice: dict[tuple[str, str], float]) -> pd.DataFrame:
+    """Of cases and classes; the distances are 100 minus Dice."""
+    values = [(case, label, value, value, 100 - value, 1.0) for (case, label), value in dice.items()]
+    columns = ["case", "class", "dice", "jaccard", "hd95_mm", "asd_mm"]
+    return pd.DataFrame(values, columns=columns).assign(trainer=trainer, fold=0, repetition=repetition)
+
+
+@pytest.mark.parametrize("classes", [("a",), ("a", "b")])
+def test_trials_in_the_order_of_their_titles_with_their_own_numbers(classes, monkeypatch):
+    """Stock has 80 and 82, the trial 91 and 93, or in the second class 10 less each."""
+
+    def run(trainer: str, repetition: int, first: float) -> tuple[pd.DataFrame, dict]:
+        dice = {(f"{n}", label): first + 2 * n - 10 * k for n in (0, 1) for k, label in enumerate(classes)}
+        learned = {"dice_per_class_or_region": [[0.1], [0.9]], "epoch_start_timestamps": [], "epoch_end_timestamps": []}
+        return rows(trainer, repetition, dice), {"trainer": trainer, "repetition": repetition, "curves": learned}
+
+    runs = [run("nnUNetTrainer", 1, 79), run("nnUNetTrainer", 2, 81), run("nnUNetTrainerMine", 1, 91)]
+    read = pd.concat([cases for cases, _ in runs]), [result for _, result in runs]
+    monkeypatch.setattr(docs_tables, "read_runs", lambda folder: read)
+    titles = {"nnUNetTrainerMine": "mine", "nnUNetTrainerNever": "not run", "nnUNetTrainer": "stock"}
+    _, _, mine, stock, first, second = docs_tables.of_trials("tiny-cpu", titles).splitlines()
+    shift = 0 if len(classes) == 1 else 5
+    assert mine == f"| mine | 1 | {92 - shift:.2f} | +11.00 (+nan to +nan) | 0.5 | -11.00 (+nan to +nan) | 2 |"
+    assert stock == f"| stock | 2 | {81 - shift:.2f} ± 1.41 | – | – | – | 2 |"
+    assert first.startswith("| stock, repetition 1 minus its others | – | – | -2.00 ")
+    assert second.startswith("| stock, repetition 2 minus its others | – | – | +2.00 ")
