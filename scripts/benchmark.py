@@ -160,7 +160,7 @@ def main() -> int:
         print_jobs(unfinished, arguments)
         return 0
     print(f"{len(runs) - len(unfinished)} of {len(runs)} runs are finished.")
-    return execute(unfinished)
+    return execute(unfinished) if unfinished else 0
 
 
 if __name__ == "__main__":

@@ -19,18 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_time import build
+from build_trainer import add_plan, build
 from torch import Tensor
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", help="name or id, preprocessed")
-    parser.add_argument("configuration")
+    add_plan(parser)
     parser.add_argument("-tr", required=True, metavar="TRAINER")
-    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS")
-    parser.add_argument("-f", default="0", metavar="FOLD")
-    parser.add_argument("-device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--checkpoint", type=Path, help="of this trainer; default: an untrained network")
     parser.add_argument("--weight", default="consistency_weight", metavar="ATTRIBUTE")
     parser.add_argument("--batches", type=int, default=6)
@@ -39,7 +35,7 @@ def main() -> None:
     os.environ["nnUNet_n_proc_DA"] = "0"
     with tempfile.TemporaryDirectory() as results:
         os.environ["nnUNet_results"] = results  # a trainer writes a log file as soon as it exists
-        trainer = build(arguments.tr, argparse.Namespace(**vars(arguments), b=None))
+        trainer = build(arguments.tr, arguments)
         if arguments.checkpoint:
             trainer.load_checkpoint(str(arguments.checkpoint))
         loader, _ = trainer.get_dataloaders()

@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 
-from step_time import build
+from build_trainer import add_plan, build
 from tqdm import tqdm
 
 WARM_UP = 3
@@ -23,12 +23,8 @@ WARM_UP = 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", help="name or id, preprocessed")
-    parser.add_argument("configuration")
+    add_plan(parser)
     parser.add_argument("-tr", nargs="+", default=["nnUNetTrainer", "nnUNetTrainerDualTask"], metavar="TRAINER")
-    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS")
-    parser.add_argument("-f", default="0", metavar="FOLD")
-    parser.add_argument("-device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=30, help=f"after {WARM_UP} that are not counted")
     arguments = parser.parse_args()
@@ -38,7 +34,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as results:
         os.environ["nnUNet_results"] = results  # a trainer writes a log file as soon as it exists
         for name in arguments.tr:
-            waits, steps = measure(build(name, argparse.Namespace(**vars(arguments), b=None)), arguments.steps)
+            waits, steps = measure(build(name, arguments), arguments.steps)
             median, longest = 1000 * statistics.median(waits), 1000 * max(waits)
             print(f"| {name} | {statistics.median(steps):.3f} | {median:.1f} | {longest:.1f} |")
 

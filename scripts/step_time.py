@@ -25,24 +25,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from build_trainer import add_plan, build
 from machine import machine
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from nnunetv2_selfreg.training.semi_supervised import SemiSupervised
 
-STRAIGHT_PORT = Path(__file__).resolve().parent / "straight_port"
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", help="name or id, preprocessed")
-    parser.add_argument("configuration")
+    add_plan(parser)
     parser.add_argument("-tr", nargs="+", default=["nnUNetTrainer", "nnUNetTrainerSelfReg"], metavar="TRAINER")
-    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS")
-    parser.add_argument("-f", default="0", metavar="FOLD")
     parser.add_argument("-b", type=int, metavar="N", help="samples a step; default: the plan's batch size")
-    parser.add_argument("-device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=15, help="after two that are not counted")
     parser.add_argument("--without-loading", action="store_true", help="measure the steps only")
     parser.add_argument("-o", type=Path, help="write the table as JSON to this file")
@@ -59,9 +54,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as results:
         os.environ["nnUNet_results"] = results  # a trainer writes a log file as soon as it exists
         trainers = {name: build(name, arguments) for name in arguments.tr}
+        stock = build("nnUNetTrainer", arguments)
+        for trainer in (*trainers.values(), stock):
+            trainer.current_epoch = trainer.num_epochs // 2  # past the warm-up of copy-paste
+            trainer.batch_size = arguments.b or trainer.batch_size
         os.environ["nnUNet_n_proc_DA"] = "0"  # no workers beside the steps
         loading = {} if arguments.without_loading else measure_loading(trainers, arguments.rounds)
-        labeled, _ = build("nnUNetTrainer", arguments).get_dataloaders()
+        labeled, _ = stock.get_dataloaders()
         seconds, memory = measure(trainers, labeled, arguments.rounds)
     rows = summary(seconds, memory, loading)
     print_table(rows)
@@ -69,25 +68,6 @@ def main() -> None:
         about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": machine(arguments.device)}
         about |= {name: str(value) for name, value in vars(arguments).items()}
         arguments.o.write_text(json.dumps({"rows": rows, **about}, indent=4))
-
-
-def build(name: str, arguments: argparse.Namespace) -> Any:
-    """The trainer as `nnUNetv2_train` builds it, initialised."""
-    from nnunetv2.run.run_training import get_trainer_from_args
-
-    if str(STRAIGHT_PORT) not in os.environ.get("nnUNet_extTrainer", ""):
-        before = os.environ.get("nnUNet_extTrainer", "")
-        os.environ["nnUNet_extTrainer"] = os.pathsep.join(filter(None, [before, str(STRAIGHT_PORT)]))
-    fold = arguments.f if arguments.f == "all" else int(arguments.f)
-    device = torch.device(arguments.device)
-    trainer = get_trainer_from_args(arguments.dataset, arguments.configuration, fold, name, arguments.p, device=device)
-    trainer.initialize()
-    trainer.current_epoch = trainer.num_epochs // 2  # past the warm-up of copy-paste
-    if arguments.b is not None:
-        trainer.batch_size = arguments.b
-    trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
-    trainer.network.train()
-    return trainer
 
 
 def measure(trainers: dict[str, Any], loader: Any, rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -197,7 +199,8 @@ class InProcess:
         maybe_load_checkpoint(trainer, continue_training=True, validation_only=False)
         assert trainer.current_epoch == 1
         trainer.run_training()
-        trainer.perform_actual_validation(save_probabilities=True)
+        with quickly_started_workers():
+            trainer.perform_actual_validation(save_probabilities=True)
 
     def predict(self, run: Run, images: Path, output: Path, previous_stage: Path | None = None) -> None:
         from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -211,6 +214,17 @@ class InProcess:
             save_probabilities=True,
             folder_with_segs_from_prev_stage=previous_stage and str(previous_stage),
         )
+
+
+@contextlib.contextmanager
+def quickly_started_workers() -> Iterator[None]:
+    """nnU-Net's pools are forked off a server that has imported what they need; spawned ones import torch anew each."""
+    multiprocessing.set_forkserver_preload(
+        ["nnunetv2.inference.export_prediction", "nnunetv2.evaluation.evaluate_predictions"]
+    )
+    get_context = multiprocessing.get_context
+    with patch.object(multiprocessing, "get_context", lambda _: get_context("forkserver")):
+        yield
 
 
 class Commands:
