@@ -32,12 +32,20 @@ def box_sides(size: Sequence[int], ratio: float) -> list[int]:
         raise ValueError(f"the box ratio is {ratio}, it must be between 0 and 1")
     sides = [int(ratio * length) for length in size]
     if min(sides) < 1:
-        raise ValueError(f"a box of {ratio:.3g} of a patch of {tuple(size)} voxels is empty: take a larger one")
+        raise ValueError(
+            f"a box of {ratio:.3g} of a patch of {tuple(size)} voxels is empty: take a larger ratio or patch"
+        )
     return sides
 
 
 def box_masks(count: int, size: Sequence[int], ratio: float, device: torch.device | None = None) -> Tensor:
     """Masks with a box of :func:`box_sides` at a random place each: False in the box, True outside.
+
+    Args:
+        count: of masks.
+        size: of the patch, in voxels.
+        ratio: as for :func:`box_sides`, whose errors are raised.
+        device: of the masks.
 
     Returns:
         Boolean, `(count, 1, *size)`.
@@ -68,8 +76,18 @@ def at_size(values: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def largest_components(labels: Tensor, of_regions: bool) -> Tensor:
-    """Labels `(B, 1, *spatial)`, or boolean regions `(B, R, *spatial)`, of which each class or region keeps its largest
-    connected component in a sample; the rest becomes background. Neighbours touch, be it at a corner."""
+    """Labels of which each class or region keeps its largest connected component in a sample.
+
+    The rest becomes background. Largest is what has most voxels; neighbours touch, be it at a corner. Computed on the
+    CPU, by SciPy.
+
+    Args:
+        labels: `(B, 1, *spatial)`, or boolean regions `(B, R, *spatial)`.
+        of_regions: which of the two.
+
+    Returns:
+        Of the same shape, dtype and device.
+    """
     before = labels.cpu().numpy()
     kept = np.zeros_like(before)
     for sample, channel in np.ndindex(before.shape[:2]):

@@ -58,7 +58,7 @@ stage machine 10 bash -c 'nvidia-smi; nproc; python --version; pip list 2>/dev/n
 if [ -d "${LEFT_ATRIUM:-/nowhere}" ]; then
     ln -sfn "$LEFT_ATRIUM" "$nnUNet_raw/Dataset002_LeftAtrium"
     nnUNet_compile=f stage left-atrium 140 python benchmark.py left-atrium-8 --scale "$SCALE" -device "$DEVICE" -o "$OUT/runs" \
-        -tr nnUNetTrainerMeanTeacher
+        -tr nnUNetTrainerCopyPaste
     grep -h "Epoch time" "$OUT"/runs/*/*/log.txt
 else
     echo "left-atrium: skipped, nnUNet_raw has no Dataset002_LeftAtrium" | tee -a "$OUT/summary.txt"

@@ -4,11 +4,11 @@
     python scripts/step_time.py 2 3d_fullres -f 5 -b 4 -tr nnUNetTrainer nnUNetTrainerMeanTeacher -device cpu
 
 Each round takes one labelled batch of the data set and gives it to every trainer, the first one being the reference; a
-semi-supervised trainer gets the second half of it as its unlabelled samples (copy-paste the last third, which it mixes
-both ways), so that the networks see as many. The step is one of the middle of the training. Reported are
-the median time of a step, the median and quartiles of the ratio to the reference round by round (a machine's speed
-drifts, a ratio of neighbours does not), and the peak of tensor memory above what is held between steps. Then, likewise,
-the time in which each trainer's own loader makes a sample, in this process.
+semi-supervised trainer takes part of it as unlabelled samples, so that the networks see as many: half of it, or of 6
+samples copy-paste takes 2 labelled and 2 unlabelled ones, which it mixes both ways. The step is one of the middle of
+the training. Reported are the median time of a step, the median and quartiles of the ratio to the reference round by
+round (a machine's speed drifts, a ratio of neighbours does not), and the peak of tensor memory above what is held
+between steps. Then, likewise, the time in which each trainer's own loader makes a sample, in this process.
 `nnUNetTrainerSelfRegStraightPort`, which computes the same terms the published way, is at hand for comparison.
 """
 
@@ -44,8 +44,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error("--rounds must be at least 2, for quartiles")
-    if arguments.b is not None and arguments.b < 2:
-        parser.error("-b must be at least 2, for a labelled and an unlabelled sample")
+    if arguments.b is not None and arguments.b < 1:
+        parser.error("-b must be at least 1")
 
     torch.set_flush_denormal(True)  # on a CPU denormals would drown the result
     torch.backends.cudnn.benchmark = True  # as nnUNetv2_train does
@@ -58,6 +58,11 @@ def main() -> None:
         for trainer in (*trainers.values(), stock):
             trainer.current_epoch = trainer.num_epochs // 2  # past the warm-up of copy-paste
             trainer.batch_size = arguments.b or trainer.batch_size
+            if isinstance(trainer, SemiSupervised):
+                try:
+                    numbers_of_samples(trainer, trainer.batch_size)
+                except ValueError as error:
+                    parser.error(str(error))
         os.environ["nnUNet_n_proc_DA"] = "0"  # no workers beside the steps
         loading = {} if arguments.without_loading else measure_loading(trainers, arguments.rounds)
         labeled, _ = stock.get_dataloaders()
@@ -93,16 +98,25 @@ def batch_for(trainer: Any, batch: dict) -> dict:
     last of them have no labels."""
     if not isinstance(trainer, SemiSupervised):
         return batch
-    samples, passes = len(batch["data"]), trainer.passes_of_unlabeled
-    unlabeled = samples // (1 + passes)
-    if not unlabeled:
-        raise ValueError(f"{samples} samples are too few for {type(trainer).__name__}: -b {1 + passes} at least")
-    labeled = samples - passes * unlabeled
+    labeled, unlabeled = numbers_of_samples(trainer, len(batch["data"]))
     target = batch["target"]
     target = [scale[:labeled] for scale in target] if isinstance(target, list) else target[:labeled]
     stream = trainer.labeled_stream(iter([{**batch, "target": target, "keys": batch["keys"][:labeled]}]))
     data = batch["data"][: labeled + unlabeled]
     return {**next(stream), "data": data, "data_weak": data[labeled:], "keys": batch["keys"][: len(data)]}
+
+
+def numbers_of_samples(trainer: SemiSupervised, seen: int) -> tuple[int, int]:
+    """Labelled and unlabelled samples, of which the network sees as many as possible alike, and `seen` in all.
+
+    Raises:
+        ValueError: these are too few.
+    """
+    passes = trainer.passes_of_unlabeled
+    unlabeled = seen // (1 + passes)
+    if not unlabeled:
+        raise ValueError(f"{seen} samples are too few for {type(trainer).__name__}: -b {1 + passes} at least")
+    return seen - passes * unlabeled, unlabeled
 
 
 def measure_loading(trainers: dict[str, Any], rounds: int) -> dict[str, list[float]]:

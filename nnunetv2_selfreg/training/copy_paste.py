@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss, DC_and_topk_loss
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from nnunetv2_selfreg.data.foreground import Foreground
+from nnunetv2_selfreg.losses.consistency import gaussian_ramp_up
 from nnunetv2_selfreg.mixing import at_size, box_masks, box_sides, largest_components, mix
 from nnunetv2_selfreg.training.semi_supervised import as_list
 from nnunetv2_selfreg.training.teacher import WithTeacher
@@ -28,9 +29,9 @@ class CopyPaste(WithTeacher):
     ignored. The teacher labels the weak view, mixtures are made of strong views.
 
     Published: a training with labelled patches in one another, then another one with these mixtures alone, without a
-    ramp. Our decisions: one training, in whose first tenth `x_l'` takes the place of `x_u`, with full weight; then the
-    ramp, which counts from the start; the plain labelled samples stay in the batch; an unlabelled sample is in both
-    mixtures, published are two different ones.
+    ramp. Our decisions: one training, in whose first tenth `x_l'` takes the place of `x_u`, with full weight; the ramp
+    begins after it; the plain labelled samples stay in the batch; an unlabelled sample is in both mixtures, published
+    are two different ones.
     """
 
     box_ratio: float = 2 / 3
@@ -48,21 +49,40 @@ class CopyPaste(WithTeacher):
     passes_of_unlabeled = 2
 
     def initialize(self) -> None:
-        box_sides(self.configuration_manager.patch_size, self.box_ratio)  # raises what is wrong with them
+        self._require("box_ratio", 0 < self.box_ratio < 1, "between 0 and 1")
+        box_sides(self.configuration_manager.patch_size, self.box_ratio)  # raises if the box is empty
         self._require("mixture_weight", 0 <= self.mixture_weight < math.inf, "finite and 0 at least")
         self._require("unlabeled_weight", 0 <= self.unlabeled_weight < math.inf, "finite and 0 at least")
         self._require("warm_up", 0 <= self.warm_up <= 1, "between 0 and 1")
         super().initialize()
-        # Of the parts of mixtures, with voxels to ignore whether or not the data set has such.
-        self.partial_loss = that_ignores(super()._build_loss(), self.foreground)
+        self.partial_loss = self.build_partial_loss()
+        if self.batch_size == 1:
+            self.print_to_log_file("One labelled sample a step: until the warm-up ends it is mixed with itself")
+
+    def build_partial_loss(self) -> nn.Module:
+        """The loss of a part of the mixtures: that of the classes after this one, without what a class before it adds,
+        since SelfReg is to regularise once a step."""
+        return ignoring(super()._build_loss(), self.foreground)
 
     @property
     def warming_up(self) -> bool:
         return self.progress < self.warm_up
 
+    @property
+    def ramp(self) -> float:
+        """Weight of the unlabelled part, from the end of the warm-up on, full at `ramp_up_length`."""
+        if self.ramp_up_length <= self.warm_up:
+            return 1.0
+        return gaussian_ramp_up(self.progress - self.warm_up, self.ramp_up_length - self.warm_up)
+
     def student_batch(self, batch: dict) -> dict:
-        """The labelled samples, then for each unlabelled one the mixtures `x_in`, then all `x_out`. Their targets are
-        `mixed_target` at every scale, the unlabelled sample's where `unlabeled_part` `(2 U, 1, *spatial)` is True."""
+        """The labelled samples, then for each unlabelled one the mixture `x_in`, then all `x_out`. Their targets are
+        `mixed_target` at every scale, the unlabelled sample's (in the warm-up the second labelled one's) where
+        `other_part` `(2 U, 1, *spatial)` is True.
+
+        Raises:
+            ValueError: the batch has no labelled sample.
+        """
         target = as_list(batch["target"])
         labeled, strong = batch["data"][: len(target[0])], batch["data"][len(target[0]) :]
         if not len(labeled):
@@ -81,12 +101,13 @@ class CopyPaste(WithTeacher):
             **batch,
             "data": torch.cat((labeled, mixtures)),
             "mixed_target": mixed_target,
-            "unlabeled_part": torch.cat((~masks, masks)),
+            "other_part": torch.cat((~masks, masks)),
         }
 
     @torch.no_grad()
     def pseudo_labels(self, weak: Tensor, target: Sequence[Tensor]) -> list[Tensor]:
-        """The teacher's labels of the weak views, in the form and at the scales of `target`."""
+        """The teacher's labels of the weak views `(U, C, *spatial)`, in the form and at the scales of `target`: labels
+        `(U, 1, *spatial)`, or regions and, with an ignore label, a last channel of ignored voxels."""
         probabilities = self.teacher_probabilities(weak)
         regions = self.foreground.regions
         labels = probabilities > 0.5 if regions else probabilities.argmax(1, keepdim=True)
@@ -97,20 +118,28 @@ class CopyPaste(WithTeacher):
         return [at_size(labels, scale.shape[2:]).to(scale.dtype) for scale in target]
 
     def semi_supervised_loss(self, output, target, batch) -> Tensor:
-        unlabeled = batch["unlabeled_part"]
-        mixtures = [scale[-len(unlabeled) :] for scale in output]
+        other = batch["other_part"]
+        mixtures = [scale[-len(other) :] for scale in output]
         terms = {
             "segmentation": self.supervised_loss(output, target),
-            "labeled_part": self.loss_of_part(mixtures, batch["mixed_target"], ~unlabeled),
-            "unlabeled_part": self.loss_of_part(mixtures, batch["mixed_target"], unlabeled),
+            "labeled_part": self.loss_of_part(mixtures, batch["mixed_target"], ~other),
+            "unlabeled_part": self.loss_of_part(mixtures, batch["mixed_target"], other),
         }
         weight = 1.0 if self.warming_up else self.unlabeled_weight * self.ramp
-        self.keep_terms({**terms, "unlabeled_weight": torch.tensor(weight)})
+        self.keep_terms({**terms, "unlabeled_part_weight": torch.tensor(weight)})
         mixed = terms["labeled_part"] + weight * terms["unlabeled_part"]
         return terms["segmentation"] + self.mixture_weight * mixed
 
     def loss_of_part(self, output: Sequence[Tensor], target: Sequence[Tensor], part: Tensor) -> Tensor:
-        """Sum over `x_in` and `x_out` of nnU-Net's loss where `part` is True, at every scale."""
+        """Sum over `x_in` and `x_out` of nnU-Net's loss where a part is.
+
+        At a scale so coarse that no voxel of a sample is in the part, its loss is a constant.
+
+        Args:
+            output: of all mixtures at every scale, `(2 U, K, *spatial)`.
+            target: likewise, `(2 U, 1 or R, *spatial)`.
+            part: boolean, `(2 U, 1, *spatial)`, at full resolution.
+        """
         kept = [ignore_elsewhere(scale, at_size(part, scale.shape[2:]), self.foreground) for scale in target]
         return sum(
             self.apply_loss(self.partial_loss, [s.chunk(2)[half] for s in output], [s.chunk(2)[half] for s in kept])
@@ -126,15 +155,16 @@ class CopyPaste(WithTeacher):
         return super()._unlabeled_of_this_rank()
 
 
-def that_ignores(loss: nn.Module, foreground: Foreground) -> nn.Module:
-    """nnU-Net's loss, changed so that it leaves out voxels of :func:`ignored_label` (labels), or of a last channel
-    (regions), also in a data set without an ignore label.
+def ignoring(loss: nn.Module, foreground: Foreground) -> nn.Module:
+    """Changes nnU-Net's loss so that it leaves out voxels of :func:`ignored_label` (labels), or of a last channel
+    (regions), also in a data set without an ignore label; returns it.
 
     Raises:
-        NotImplementedError: it is not Dice with cross-entropy, whose way to ignore voxels is known.
+        NotImplementedError: it is not Dice with cross-entropy, whose way to ignore voxels is known. (TopK counts
+            ignored voxels among those of which it takes the worst.)
     """
     inner = loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
-    if isinstance(inner, (DC_and_CE_loss, DC_and_topk_loss)):
+    if isinstance(inner, DC_and_CE_loss):
         inner.ignore_label = inner.ce.ignore_index = ignored_label(foreground)
     elif not isinstance(inner, DC_and_BCE_loss):
         raise NotImplementedError(

@@ -29,8 +29,8 @@ class SemiSupervised(ReliableTraining):
     """Trains on batches whose first samples are labelled (see TwoStreamLoader for the batch).
 
     A family implements :meth:`semi_supervised_loss`, :meth:`student_batch` if the network sees other samples than the
-    loader's, and :meth:`after_step` if something follows the optimiser. The
-    cascade is not supported: an unlabelled case has no segmentation of the stage before.
+    loader's, and :meth:`after_step` if something follows the optimiser. The cascade is not supported: an unlabelled
+    case has no segmentation of the stage before.
     """
 
     unlabeled_batch_size: int | None = None
@@ -68,7 +68,8 @@ class SemiSupervised(ReliableTraining):
         return self.apply_loss(self.loss, [scale[: len(target[0])] for scale in output], target)
 
     def apply_loss(self, loss: nn.Module, output: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
-        """A loss of nnU-Net's: with deep supervision it takes lists, otherwise the tensors."""
+        """A loss of nnU-Net's, of lists of `(B, K, *spatial)` and `(B, 1 or R, *spatial)`, highest resolution first:
+        with deep supervision it takes them as they are, otherwise their only tensors."""
         return loss(output, target) if self.enable_deep_supervision else loss(output[0], target[0])
 
     def keep_terms(self, terms: Mapping[str, Tensor]) -> None:

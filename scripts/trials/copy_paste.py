@@ -18,6 +18,12 @@ class nnUNetTrainerCopyPasteHalfBox(CopyPaste, nnUNetTrainer):
     box_ratio = 1 / 2
 
 
+class nnUNetTrainerCopyPasteLargeBox(CopyPaste, nnUNetTrainer):
+    """A box of five sixths of each side."""
+
+    box_ratio = 5 / 6
+
+
 class nnUNetTrainerCopyPasteUnlabeled0(CopyPaste, nnUNetTrainer):
     """Only the labelled part of mixtures counts: the unlabelled voxels are a background for it."""
 
@@ -67,6 +73,14 @@ class nnUNetTrainerCopyPasteNoTeacher(CopyPaste, nnUNetTrainer):
     ema_decay = 0.0
 
 
+class nnUNetTrainerCopyPasteOwnLabels(CopyPaste, nnUNetTrainer):
+    """The network labels for itself; its average predicts."""
+
+    def pseudo_labels(self, weak, target):
+        with self.teacher_weights():  # the weights change places, so the teacher has the network's here
+            return super().pseudo_labels(weak, target)
+
+
 class nnUNetTrainerCopyPasteLargest(CopyPaste, nnUNetTrainer):
     """The largest component of each class in the teacher's labels, as published."""
 
@@ -95,7 +109,7 @@ class nnUNetTrainerCopyPasteMixturesOnly(CopyPaste, nnUNetTrainer):
 
     def student_batch(self, batch):
         mixed = super().student_batch(batch)
-        return {**mixed, "data": mixed["data"][-len(mixed["unlabeled_part"]) :]}
+        return {**mixed, "data": mixed["data"][-len(mixed["other_part"]) :]}
 
     def supervised_loss(self, output, _target):
         return 0 * output[0].sum()

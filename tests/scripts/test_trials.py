@@ -40,6 +40,7 @@ CONSISTENCY_WEIGHTS = {
 COPY_PASTE = {
     "SmallBox": {"box_ratio": 1 / 3},
     "HalfBox": {"box_ratio": 1 / 2},
+    "LargeBox": {"box_ratio": 5 / 6},
     "Unlabeled0": {"unlabeled_weight": 0},
     "Unlabeled1": {"unlabeled_weight": 1},
     "Mixture1": {"mixture_weight": 1},
@@ -48,6 +49,7 @@ COPY_PASTE = {
     "LabeledOnly": {"warm_up": 1},
     "NoRamp": {"ramp_up_length": 1e-6},
     "NoTeacher": {"ema_decay": 0},
+    "OwnLabels": {},
     "Largest": {"largest_component": True},
     "OneView": {},
     "WeakViews": {},
@@ -164,7 +166,8 @@ def test_variant_of_copy_paste(variant, started):
     outputs = trainer.train_step(batch)
     assert outputs["loss"] == pytest.approx(
         outputs["segmentation"]
-        + trainer.mixture_weight * (outputs["labeled_part"] + outputs["unlabeled_weight"] * outputs["unlabeled_part"]),
+        + trainer.mixture_weight
+        * (outputs["labeled_part"] + outputs["unlabeled_part_weight"] * outputs["unlabeled_part"]),
         rel=1e-4,
     )
     student = seen[-1]
@@ -179,3 +182,27 @@ def test_variant_of_copy_paste(variant, started):
         assert torch.equal(inward[(..., *middle)], pasted[(..., *middle)])
     assert len(student) == (2 * count if variant == "MixturesOnly" else len(batch["data"]) + count)
     assert (outputs["segmentation"] == 0) == (variant == "MixturesOnly")
+
+
+def test_labels_of_the_network_itself_or_of_its_average(started):
+    labels = {}
+    for variant in ("", "OwnLabels"):
+        trainer = started(f"nnUNetTrainerCopyPaste{variant}")
+        for parameter in trainer.network.parameters():
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
+        for parameter in trainer.teacher.module.parameters():
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(2))
+        batch = labels.setdefault("batch", next(trainer.dataloader_train))
+        with torch.no_grad():
+            outputs = [
+                part(batch["data_weak"])[0].argmax(1, keepdim=True)
+                for part in (trainer.teacher.module, trainer.network)
+            ]
+        labels[variant] = trainer.pseudo_labels(batch["data_weak"], batch["target"])[0]
+        assert not torch.equal(*outputs)
+        assert torch.equal(labels[variant], outputs[variant == "OwnLabels"].to(labels[variant].dtype))
+
+
+def test_stock_with_three_times_the_samples(started):
+    trainer = started("nnUNetTrainerTriple")
+    assert len(next(trainer.dataloader_train)["data"]) == 3 * trainer.configuration_manager.batch_size

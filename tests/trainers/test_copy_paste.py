@@ -2,7 +2,7 @@ from contract import FOUR_CELLS, TWO_CELLS, TrainerContract, TrainerMatrix
 
 
 class _CopyPaste(TrainerMatrix):
-    terms = ("segmentation", "labeled_part", "unlabeled_part", "unlabeled_weight", "student_dice")
+    terms = ("segmentation", "labeled_part", "unlabeled_part", "unlabeled_part_weight", "student_dice")
     trains_cascades = False
 
 

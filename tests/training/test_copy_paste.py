@@ -1,16 +1,21 @@
 """Copy-paste: what is mixed, what its loss is, what the teacher labels, and what is refused."""
 
 import copy
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.loss.nnUNetTrainerCELoss import nnUNetTrainerCELoss
+from nnunetv2.training.nnUNetTrainer.variants.loss.nnUNetTrainerTopkLoss import nnUNetTrainerDiceTopK10Loss
 from torch import distributed as dist
 from workspace import Run, start, weights, whole_and_resumed
 
+from nnunetv2_selfreg.errors import CommandError
 from nnunetv2_selfreg.mixing import at_size
 from nnunetv2_selfreg.training.copy_paste import CopyPaste
 
@@ -72,9 +77,9 @@ def test_mixtures_go_both_ways_and_have_different_labelled_samples(labeled, unla
     mine, strong, target = batch["data"][:labeled], batch["data"][labeled:], batch["target"]
     student = trainer.student_batch(batch)
     pseudo = trainer.pseudo_labels(batch["data_weak"], target)[0]
-    assert len(student["data"]) == labeled + 2 * unlabeled
+    assert len(student["data"]) == labeled + trainer.passes_of_unlabeled * unlabeled
     assert torch.equal(student["data"][:labeled], mine)
-    inward, outward = student["unlabeled_part"].chunk(2)
+    inward, outward = student["other_part"].chunk(2)
     assert torch.equal(inward, ~outward)
     sides = [int(2 / 3 * length) for length in mine.shape[2:]]
     assert (inward.sum((1, 2, 3, 4)) == np.prod(sides)).all()
@@ -97,7 +102,7 @@ def test_mixtures_are_of_labelled_samples_until_the_warm_up_ends(labeled, unlabe
     mine, target = batch["data"][:labeled], batch["target"][0]
     student = trainer.student_batch(batch)
     mixtures, labels = student["data"][labeled:], student["mixed_target"][0]
-    box = student["unlabeled_part"][:unlabeled]
+    box = student["other_part"][:unlabeled]
     for u in range(unlabeled):
         a, b = u % labeled, (u + 1) % labeled
         for number, outside, inside in ((u, a, b), (unlabeled + u, b, a)):
@@ -112,10 +117,18 @@ def test_mixtures_are_of_labelled_samples_until_the_warm_up_ends(labeled, unlabe
 def test_weight_of_the_unlabelled_part_is_full_in_the_warm_up_then_ramped(run):
     trainer = start(run.build())
     trainer.warm_up = 0.25
-    assert trainer.train_step(next(trainer.dataloader_train))["unlabeled_weight"] == 1
+    assert trainer.train_step(next(trainer.dataloader_train))["unlabeled_part_weight"] == 1
     trainer.current_epoch, trainer._steps_in_epoch = 1, 0
-    ramp = np.exp(-5 * (1 - 0.25 / 0.4) ** 2)
-    assert trainer.train_step(next(trainer.dataloader_train))["unlabeled_weight"] == pytest.approx(0.5 * ramp, rel=1e-5)
+    weights_then = [trainer.train_step(next(trainer.dataloader_train))["unlabeled_part_weight"] for _ in range(2)]
+    ramps = [np.exp(-5 * (1 - done / 0.15) ** 2) for done in (0, 0.125)]  # from 0.25 to 0.4, in steps of an eighth
+    assert weights_then == pytest.approx([0.5 * ramp for ramp in ramps], rel=1e-5)
+
+
+def test_weight_is_full_after_a_warm_up_that_is_longer_than_the_ramp(run):
+    trainer = start(run.build())
+    trainer.warm_up = trainer.ramp_up_length = 0.25
+    trainer.current_epoch = 1
+    assert trainer.train_step(next(trainer.dataloader_train))["unlabeled_part_weight"] == 0.5
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -154,8 +167,8 @@ def of_both_halves(loss, output: list, target: list) -> torch.Tensor:
 def test_loss_of_a_box_is_nnunets_loss_of_the_cropped_box(variant, configuration, data_sets, results):
     trainer = after_warm_up(Run(data_sets.name(variant), configuration, NAME).build())
     batch, student = mixed(trainer)
-    box = student["unlabeled_part"][:1]  # the same for all samples, so that they can be cropped
-    count = len(student["unlabeled_part"])
+    box = student["other_part"][:1]  # the same for all samples, so that they can be cropped
+    count = len(student["other_part"])
     with torch.no_grad():
         output = [3 * torch.randn_like(scale) for scale in trainer.network(student["data"])]
     mixtures, target = [scale[-count:] for scale in output], student["mixed_target"]
@@ -164,10 +177,10 @@ def test_loss_of_a_box_is_nnunets_loss_of_the_cropped_box(variant, configuration
         [cropped(values, part) for values, part in zip(scales, parts, strict=True)] for scales in (mixtures, target)
     ]
     expected = of_both_halves(nnUNetTrainer._build_loss(trainer), *pairs)
-    student["unlabeled_part"] = box.expand(count, -1, *box.shape[2:])
+    student["other_part"] = box.expand(count, -1, *box.shape[2:])
     trainer.semi_supervised_loss(output, batch["target"], student)
     torch.testing.assert_close(trainer.loss_terms()["unlabeled_part"], expected, rtol=1e-5, atol=1e-5)
-    student["unlabeled_part"] = ~student["unlabeled_part"]
+    student["other_part"] = ~student["other_part"]
     trainer.semi_supervised_loss(output, batch["target"], student)
     torch.testing.assert_close(trainer.loss_terms()["labeled_part"], expected, rtol=1e-5, atol=1e-5)
 
@@ -181,7 +194,7 @@ def test_loss_of_everything_is_nnunets_loss(variant, deep_supervision, data_sets
     batch, student = mixed(trainer)
     output = trainer.network(student["data"])
     output = output if deep_supervision else [output]
-    student["unlabeled_part"] = torch.zeros_like(student["unlabeled_part"])
+    student["other_part"] = torch.zeros_like(student["other_part"])
     loss = trainer.semi_supervised_loss(output, batch["target"], student)
     stock = nnUNetTrainer._build_loss(trainer)
     stock = (
@@ -212,7 +225,7 @@ def test_loss_is_the_sum_of_its_parts(run):
     trainer = after_warm_up(run.build())
     trainer.mixture_weight, trainer.unlabeled_weight = 0.7, 3.0
     outputs = trainer.train_step(next(trainer.dataloader_train))
-    weight = 3 * np.exp(-5 * (1 - 0.25 / 0.4) ** 2)
+    weight = 3 * np.exp(-5 * (1 - 0.15 / 0.3) ** 2)  # at 0.25, between 0.1 and 0.4
     mixtures = outputs["labeled_part"] + weight * outputs["unlabeled_part"]
     assert outputs["loss"] == pytest.approx(outputs["segmentation"] + 0.7 * mixtures, rel=1e-5)
 
@@ -232,7 +245,7 @@ def test_weight_0_leaves_the_labelled_part(name, run):
     labeled = trainer.mixture_weight * terms["labeled_part"]
     torch.testing.assert_close(loss.detach(), stock + labeled)
     gradient = output[0].grad[2:].abs().sum(1, keepdim=True)
-    assert (gradient[student["unlabeled_part"]] == 0).all()
+    assert (gradient[student["other_part"]] == 0).all()
     assert (gradient.sum() > 0) == (name == "unlabeled_weight")
 
 
@@ -289,14 +302,16 @@ def test_largest_component_of_the_teachers_labels(variant, data_sets, results):
 def test_impossible_setting_is_named(attribute, value, run):
     trainer = run.build()
     setattr(trainer, attribute, value)
-    with pytest.raises(ValueError, match=rf"(box ratio|{attribute}) is {value}, it must be"):
+    with pytest.raises(ValueError, match=rf"nnUNetTrainerCopyPaste_.*\.{attribute} is {value}, it must be"):
         trainer.initialize()
 
 
 def test_patch_in_which_the_box_is_empty_is_named(run):
     trainer = run.build()
     trainer.box_ratio = 0.01
-    with pytest.raises(ValueError, match=r"a box of 0.01 of a patch of .* voxels is empty"):
+    with pytest.raises(
+        ValueError, match=r"a box of 0.01 of a patch of .* voxels is empty: take a larger ratio or patch"
+    ):
         trainer.initialize()
 
 
@@ -320,22 +335,59 @@ def test_uneven_shares_are_refused_where_processes_share_their_dice(data_sets, r
             trainer._unlabeled_of_this_rank()
 
 
-def test_loss_that_cannot_ignore_is_named(data_sets, results):
-    class CrossEntropy(CopyPaste, nnUNetTrainerCELoss):
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [(nnUNetTrainerCELoss, "RobustCrossEntropyLoss"), (nnUNetTrainerDiceTopK10Loss, "DC_and_topk_loss")],
+)
+def test_loss_that_cannot_ignore_is_named(base, name, data_sets, results):
+    class OtherLoss(CopyPaste, base):
         pass
 
     built = Run(data_sets.name("labels"), "2d", NAME).build()
-    trainer = CrossEntropy(
-        {**built.plans_manager.plans, "continue_training": False}, "2d", 0, built.dataset_json, torch.device("cpu")
-    )
-    with pytest.raises(NotImplementedError, match="the loss here is RobustCrossEntropyLoss"):
+    plans = {**built.plans_manager.plans, "continue_training": False}
+    trainer = OtherLoss(plans, "2d", 0, built.dataset_json, torch.device("cpu"))
+    with pytest.raises(NotImplementedError, match=f"the loss here is {name}"):
         trainer.initialize()
 
 
+def test_number_of_unlabelled_samples_must_be_positive(run):
+    trainer = run.build()
+    trainer.unlabeled_batch_size = 0
+    trainer.initialize()
+    with pytest.raises(ValueError, match="unlabeled_batch_size is 0, it must be 1 at least"):
+        trainer.get_dataloaders()
+
+
+def test_fold_without_an_unlabelled_case_is_named(run, tmp_path):
+    trainer = run.build()
+    trainer.initialize()
+    shutil.copytree(trainer.preprocessed_dataset_folder_base, tmp_path / "preprocessed")
+    splits = load_json(str(tmp_path / "preprocessed" / "splits_final.json"))
+    save_json([{**split, "unlabeled": []} for split in splits], str(tmp_path / "preprocessed" / "splits_final.json"))
+    name = Path(trainer.preprocessed_dataset_folder).name
+    shutil.rmtree(tmp_path / "preprocessed" / f"{name}_unlabeled", ignore_errors=True)
+    trainer.preprocessed_dataset_folder_base = str(tmp_path / "preprocessed")
+    trainer.preprocessed_dataset_folder = str(tmp_path / "preprocessed" / name)
+    with pytest.raises(CommandError, match="Fold 0 has no unlabelled case"):
+        trainer.get_dataloaders()
+
+
+@pytest.mark.parametrize("variant", ["labels", "regions_ignore"])
+def test_step_in_mixed_precision(variant, data_sets, results):
+    """As on a GPU, in the half precision that a CPU has."""
+    trainer = after_warm_up(Run(data_sets.name(variant), "2d", NAME).build())
+    batch, network = next(trainer.dataloader_train), trainer.network.forward
+    trainer.network.forward = torch.autocast("cpu", torch.bfloat16)(network)
+    outputs = trainer.train_step(batch)
+    assert all(np.isfinite(value) for value in outputs.values())
+
+
 def test_resumed_training_equals_one_without_interruption(run, tmp_path, monkeypatch):
+    """The interruption is in the warm-up."""
+    monkeypatch.setattr(CopyPaste, "warm_up", 0.6)
     whole, second = whole_and_resumed(run, tmp_path, monkeypatch)
     torch.testing.assert_close(weights(second.network), weights(whole.network), rtol=0, atol=0)
     torch.testing.assert_close(weights(second.teacher), weights(whole.teacher), rtol=0, atol=0)
     curves = [t.logger.local_logger.my_fantastic_logging for t in (whole, second)]
-    for name in ("unlabeled_weight", "labeled_part", "unlabeled_part", "train_losses", "student_dice"):
+    for name in ("unlabeled_part_weight", "labeled_part", "unlabeled_part", "train_losses", "student_dice"):
         np.testing.assert_array_equal(curves[1][name], curves[0][name])

@@ -3,6 +3,7 @@
 import gc
 import os
 import tempfile
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ def train(rank: int, folder: str, run: Run) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     trainer = on_the_cpu(run.build())
+    trainer.configuration_manager.configuration["batch_size"] = 4  # two labelled samples a rank, which copy-paste mixes
     trainer.unlabeled_batch_size = 3  # of semi-supervised trainers
     torch.manual_seed(rank)  # equal weights at the start are DDP's business
     trainer.initialize()
@@ -128,28 +130,62 @@ def test_nothing_is_kept_and_one_rank_writes(ranks):
     assert sorted(f for f in files if f.endswith((".pth", ".part"))) == ["checkpoint_best.pth", "checkpoint_final.pth"]
 
 
-def dice_of_a_share(rank: int, folder: str, run: Run, distance: torch.Tensor, target: torch.Tensor) -> None:
+def of_a_share(rank: int, folder: str, run: Run, function: Callable, samples: list) -> None:
+    """What a function of a trainer makes of every other sample, on one of two ranks."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     trainer = on_the_cpu(run.build())
     trainer.initialize()
-    torch.save(trainer.distance_dice(distance[rank::2], target[rank::2]), f"{folder}/dice{rank}.pth")
+    torch.save(function(trainer, *_at(samples, slice(rank, None, 2))).detach(), f"{folder}/rank{rank}.pth")
     dist.barrier()
     vars(trainer).clear()
     gc.collect()
     dist.destroy_process_group()
 
 
-def test_batch_dice_of_a_class_that_only_one_rank_sees(data_sets, tmp_path, monkeypatch):
-    """Is that of all samples in one process: what the other rank wrongly predicts counts."""
+def _at(samples, place: slice):
+    """Of tensors, and lists of them."""
+    return samples[place] if isinstance(samples, torch.Tensor) else [_at(part, place) for part in samples]
+
+
+def check_that_ranks_share_their_dice(run: Run, function: Callable, samples: list, folder: str) -> None:
+    """Each gets the Dice of all samples in one process."""
+    mp.spawn(of_a_share, args=(folder, run, function, samples), nprocs=2)
+    trainer = run.build()
+    trainer.initialize()
+    expected = function(trainer, *samples)
+    for rank in (0, 1):
+        torch.testing.assert_close(torch.load(f"{folder}/rank{rank}.pth"), expected)
+
+
+def dice_of_distances(trainer, *arguments) -> torch.Tensor:
+    return trainer.distance_dice(*arguments)
+
+
+def test_batch_dice_of_distances_where_only_one_rank_sees_a_class(data_sets, tmp_path, monkeypatch):
+    """What the other rank wrongly predicts counts."""
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     run = Run(data_sets.name("labels"), "2d", "nnUNetTrainerDualTaskMutual")
     target = torch.zeros(2, 1, 8, 8)
     target[0, 0, :4], target[0, 0, 4:], target[1, 0, :2] = 1, 2, 2
     distance = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0)) / 1000
-    mp.spawn(dice_of_a_share, args=(str(tmp_path), run, distance, target), nprocs=2)
-    trainer = run.build()
-    trainer.initialize()
-    expected = trainer.distance_dice(distance, target)
-    for rank in (0, 1):
-        torch.testing.assert_close(torch.load(tmp_path / f"dice{rank}.pth"), expected)
+    check_that_ranks_share_their_dice(run, dice_of_distances, [distance, target], str(tmp_path))
+
+
+def dice_of_part(trainer, *arguments) -> torch.Tensor:
+    """The loss of copy-paste's mixtures without the cross-entropy, which each rank takes of its own samples."""
+    trainer.partial_loss.loss.weight_ce = 0
+    return trainer.loss_of_part(*arguments)
+
+
+def test_batch_dice_of_parts_of_mixtures_where_only_one_rank_sees_a_class(data_sets, tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    run = Run(data_sets.name("labels"), "2d", "nnUNetTrainerCopyPaste")
+    generator = torch.Generator().manual_seed(0)
+    output = [torch.randn(4, 3, size, size, generator=generator) for size in (32, 16)]
+    target = [torch.zeros(4, 1, size, size) for size in (32, 16)]
+    for scale in target:
+        scale[::2, :, : len(scale[0, 0]) // 2] = 1
+    part = torch.zeros(4, 1, 32, 32, dtype=torch.bool)
+    part[..., 4:28, 4:28] = True
+    check_that_ranks_share_their_dice(run, dice_of_part, [output, target, part], str(tmp_path))
