@@ -89,6 +89,11 @@ def page(name: str) -> str:
     return filled((DOCS / name).read_text(), {place: table() for place, table in PAGES[name].items()})
 
 
+def overall_dice(cases: pd.DataFrame) -> pd.DataFrame:
+    """By trainer: of the mean of the classes, or of the only one."""
+    return summary(cases)["dice"].groupby("trainer").tail(1).droplevel("class")
+
+
 def of_protocol(name: str) -> str:
     """The report's tables without its rows of variants."""
     cases, results = read_runs(DOCS / "results" / name)
@@ -101,7 +106,7 @@ def of_protocol(name: str) -> str:
 def of_trials(name: str, titles: dict[str, str]) -> str:
     """A line for each trial that was run, and for each run of stock against its others."""
     cases, results = read_runs(DOCS / "results" / name)
-    dice = summary(cases)["dice"].groupby("trainer").last()  # the mean of the classes, or the only one
+    dice = overall_dice(cases)
     titles = {trainer: title for trainer, title in titles.items() if trainer in dice.index}
     differences = difference_rows(cases).query("`class` == 'mean'").set_index(["trainer", "metric"])
     itself = {
@@ -140,7 +145,7 @@ def measured() -> str:
     """The Dice of the trainers that were run several times."""
     lines = table_head("", "stock nnU-Net", *(f"`{trainer}`" for trainer in MEASURED_TRAINERS[1:]))
     for name, title in MEASURED.items():
-        dice = summary(read_runs(DOCS / "results" / name)[0])["dice"].groupby("trainer").last()
+        dice = overall_dice(read_runs(DOCS / "results" / name)[0])
         numbers = (dice.loc[trainer] if trainer in dice.index else None for trainer in MEASURED_TRAINERS)
         cells = ("–" if row is None else with_spread(row, digits=1) for row in numbers)
         lines.append(table_row(title, *cells))

@@ -60,8 +60,8 @@ def gradient(trainer: Any, batch: dict) -> Tensor:
     """Of the loss, in all parameters of the network; always with the same random numbers."""
     torch.manual_seed(0)
     parameters = list(trainer.network.parameters())
-    gradients = torch.autograd.grad(trainer.loss_of(batch), parameters, allow_unused=True)
-    return torch.cat([g.flatten().float() for g in gradients if g is not None])
+    gradients = torch.autograd.grad(trainer.loss_of(batch), parameters, materialize_grads=True)
+    return torch.cat([gradient.flatten().float() for gradient in gradients])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_selfreg.data.datasets import label_files, labeled_cases, read_json
 from nnunetv2_selfreg.data.splits import append_fold, folds_of, new_fold
+from nnunetv2_selfreg.errors import CommandError
 from nnunetv2_selfreg.files import replacing
 
 PROTOCOLS = Path(__file__).resolve().parent / "protocols"
@@ -176,8 +176,8 @@ def _is_whole(file: Path) -> bool:
     if not file.is_file():
         return False
     try:
-        json.loads(file.read_bytes())
-    except ValueError:
+        read_json(file)
+    except CommandError:
         file.unlink()
         return False
     return True
