@@ -36,7 +36,7 @@ def execute(runs: list[Run]) -> int:
     """Executes the runs, all of them even if some fail; the status is 1 then. A full disk ends it at once."""
     failed = 0
     seldom = {} if sys.stderr.isatty() else {"mininterval": 60, "maxinterval": 120}  # a line in a log, each
-    with tqdm(unit="epoch", **seldom) as progress:
+    with tqdm(unit="epoch", disable=not runs, **seldom) as progress:
         for number, run in enumerate(runs, 1):
             later = sum(run.protocol.epochs for run in runs[number:])
 
@@ -164,7 +164,7 @@ def main() -> int:
         print_jobs(unfinished, arguments)
         return 0
     print(f"{len(runs) - len(unfinished)} of {len(runs)} runs are finished.")
-    return execute(unfinished) if unfinished else 0
+    return execute(unfinished)
 
 
 if __name__ == "__main__":
