@@ -128,6 +128,7 @@ def test_run_from_the_raw_data_set_is_measured_then_skipped_then_repeated_when_i
     assert predictions == {f"{case}.nii.gz" for case in splits[5]["val"]}
 
     before = (folder / "result.json").stat().st_mtime_ns
+    capsys.readouterr()
     assert run(monkeypatch, protocol) == 0
     out, errors = capsys.readouterr()
     assert "1 of 1 runs are finished" in out
