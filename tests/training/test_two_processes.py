@@ -3,6 +3,8 @@
 import gc
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -25,10 +27,26 @@ def on_the_cpu(trainer):
     return trainer
 
 
-def train(rank: int, folder: str, run: Run) -> None:
+@contextmanager
+def joined(rank: int, folder: str, run: Run) -> Iterator:
+    """The trainer of one of two processes, which leave together."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     trainer = on_the_cpu(run.build())
+    yield trainer
+    dist.barrier()
+    # DDP ends before the process group, not when the interpreter does: their threads must not live so long.
+    vars(trainer).clear()
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def train(rank: int, folder: str, run: Run) -> None:
+    with joined(rank, folder, run) as trainer:
+        train_and_report(rank, folder, trainer)
+
+
+def train_and_report(rank: int, folder: str, trainer) -> None:
     trainer.unlabeled_batch_size = 3  # of semi-supervised trainers
     torch.manual_seed(rank)  # equal weights at the start are DDP's business
     trainer.initialize()
@@ -57,11 +75,6 @@ def train(rank: int, folder: str, run: Run) -> None:
         },
         f"{folder}/rank{rank}.pth",
     )
-    dist.barrier()
-    # DDP ends before the process group, not when the interpreter does: their threads must not live so long.
-    vars(trainer).clear()
-    gc.collect()
-    dist.destroy_process_group()
 
 
 def taps_of(trainer) -> list:
@@ -128,15 +141,9 @@ def test_nothing_is_kept_and_one_rank_writes(ranks):
 
 
 def dice_of_a_share(rank: int, folder: str, run: Run, distance: torch.Tensor, target: torch.Tensor) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    trainer = on_the_cpu(run.build())
-    trainer.initialize()
-    torch.save(trainer.distance_dice(distance[rank::2], target[rank::2]), f"{folder}/dice{rank}.pth")
-    dist.barrier()
-    vars(trainer).clear()
-    gc.collect()
-    dist.destroy_process_group()
+    with joined(rank, folder, run) as trainer:
+        trainer.initialize()
+        torch.save(trainer.distance_loss(distance[rank::2], target[rank::2], {}), f"{folder}/dice{rank}.pth")
 
 
 def test_batch_dice_of_a_class_that_only_one_rank_sees(data_sets, tmp_path, monkeypatch):
@@ -149,6 +156,6 @@ def test_batch_dice_of_a_class_that_only_one_rank_sees(data_sets, tmp_path, monk
     mp.spawn(dice_of_a_share, args=(str(tmp_path), run, distance, target), nprocs=2)
     trainer = run.build()
     trainer.initialize()
-    expected = trainer.distance_dice(distance, target)
+    expected = trainer.distance_loss(distance, target, {})
     for rank in (0, 1):
         torch.testing.assert_close(torch.load(tmp_path / f"dice{rank}.pth"), expected)
