@@ -122,6 +122,11 @@ def stages_of(network: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     return encoder, decoder
 
 
+def heads_of(network: nn.Module) -> list[nn.Module]:
+    """The segmentation heads of the decoder, from low to high resolution; none where a network keeps them elsewhere."""
+    return list(getattr(getattr(network, "decoder", None), "seg_layers", ()))
+
+
 def unwrap(network: nn.Module) -> nn.Module:
     """The plain network inside DistributedDataParallel and `torch.compile`."""
     if isinstance(network, DistributedDataParallel):

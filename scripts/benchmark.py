@@ -35,14 +35,19 @@ FAILURES = (ExitStatusError, CommandError, OSError, ValueError)
 def execute(runs: list[Run]) -> int:
     """Executes the runs, all of them even if some fail; the status is 1 then. A full disk ends it at once."""
     failed = 0
-    epochs = sum(run.protocol.epochs for run in runs)
     seldom = {} if sys.stderr.isatty() else {"mininterval": 60, "maxinterval": 120}  # a line in a log, each
-    with tqdm(total=epochs, unit="epoch", **seldom) as progress:
-        for run in runs:
+    with tqdm(unit="epoch", disable=not runs, **seldom) as progress:
+        for number, run in enumerate(runs, 1):
+            later = sum(run.protocol.epochs for run in runs[number:])
+
+            def on_epoch(left: int, later: int = later) -> None:
+                progress.total = progress.n + 1 + left + later
+                progress.update()
+
+            progress.total = progress.n + run.protocol.epochs + later
             progress.set_description(run.folder.name)
-            expected = progress.n + run.protocol.epochs
             try:
-                failure = run.execute(progress.update)
+                failure = run.execute(on_epoch)
             except Exception as error:  # of whatever kind, the other runs go on
                 failure = str(error) if isinstance(error, FAILURES) else f"{type(error).__name__}: {error}"
                 if is_full_disk(error, run.folder):
@@ -50,7 +55,6 @@ def execute(runs: list[Run]) -> int:
             if failure is not None:
                 failed += 1
                 tqdm.write(f"{run.folder.name}: {failure}", file=sys.stderr)
-            progress.total -= expected - progress.n  # of epochs that an earlier call trained, or that never will be
     return 1 if failed else 0
 
 
@@ -160,7 +164,7 @@ def main() -> int:
         print_jobs(unfinished, arguments)
         return 0
     print(f"{len(runs) - len(unfinished)} of {len(runs)} runs are finished.")
-    return execute(unfinished) if unfinished else 0
+    return execute(unfinished)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
-
-STRAIGHT_PORT = Path(__file__).resolve().parent / "straight_port"
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +21,6 @@ def build(name: str, arguments: argparse.Namespace) -> Any:
     """The trainer of that name on the plan of :func:`add_plan`, initialised, its network ready for steps."""
     from nnunetv2.run.run_training import get_trainer_from_args
 
-    if str(STRAIGHT_PORT) not in os.environ.get("nnUNet_extTrainer", ""):
-        before = os.environ.get("nnUNet_extTrainer", "")
-        os.environ["nnUNet_extTrainer"] = os.pathsep.join(filter(None, [before, str(STRAIGHT_PORT)]))
     fold = arguments.f if arguments.f == "all" else int(arguments.f)
     device = torch.device(arguments.device)
     trainer = get_trainer_from_args(arguments.dataset, arguments.configuration, fold, name, arguments.p, device=device)

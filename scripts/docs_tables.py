@@ -56,8 +56,7 @@ MEAN_TEACHER_TRIALS = {
 }
 TRIALS = {  # all of them, since they are no rows of results.md
     name
-    for folder in ("trials", "straight_port")
-    for file in (Path(__file__).parent / folder).glob("*.py")
+    for file in (Path(__file__).parent / "trials").glob("*.py")
     for name in re.findall(r"^class (nnUNetTrainer\w+)", file.read_text(), re.MULTILINE)
 }
 MEASURED_TRAINERS = (STOCK, SELFREG, MEAN_TEACHER)

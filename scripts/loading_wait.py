@@ -28,6 +28,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=30, help=f"after {WARM_UP} that are not counted")
     arguments = parser.parse_args()
+    if arguments.workers < 1:
+        parser.error("--workers must be at least 1: without workers every batch is waited for")
 
     os.environ["nnUNet_n_proc_DA"] = str(arguments.workers)
     print("| trainer | step, s | wait, ms | longest wait, ms |\n| --- | --- | --- | --- |")

@@ -75,8 +75,11 @@ class Run:
         training = [self.protocol.dataset, self.protocol.configuration, str(self.fold), *self.model]
         return ["nnUNetv2_train", *training, "-device", self.device]
 
-    def execute(self, on_epoch: Callable[[], object]) -> str | None:
+    def execute(self, on_epoch: Callable[[int], object]) -> str | None:
         """Trains, validates and measures. Returns why the run failed for good, that is how it diverged, or None.
+
+        Args:
+            on_epoch: is given, after each epoch, how many are left. An earlier call may have trained some.
 
         Raises:
             Exception: it failed otherwise, and can be executed again.
@@ -99,19 +102,22 @@ class Run:
                 save_json({**self.about(), "failure": failure, **measured}, part, sort_keys=False)
             return failure
 
-    def train(self, on_epoch: Callable[[], object], lock: Lock) -> dict:
+    def train(self, on_epoch: Callable[[int], object], lock: Lock) -> dict:
         """Runs nnUNetv2_train; returns what its checkpoint and its output tell."""
         environment = {**os.environ, "nnUNet_results": str(self.folder / "nnUNet_results")}
         memory = Memory(self.device)
+        epoch = 0
 
         def start(process: int) -> None:
             lock.works_under_it(process)
             memory.process = process
 
         def watch(line: str) -> None:
+            nonlocal epoch
+            epoch = begun_epoch(line, epoch)
             if "Epoch time:" in line:
                 memory.look()
-                on_epoch()
+                on_epoch(self.protocol.epochs - 1 - epoch)
 
         log = self.folder / "log.txt"
         printed = call(*self.command, "--c", log=log, environment=environment, on_start=start, on_line=watch)
@@ -200,6 +206,12 @@ class Memory:
         status = Path(f"/proc/{self.process}/status")
         found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None  # Linux only
         return 1024 * int(found[1]) if found else 0
+
+
+def begun_epoch(line: str, before: int) -> int:
+    """The number of the epoch, from 0, that this line of nnU-Net's output begins; the one before if it begins none."""
+    found = re.search(r": Epoch (\d+)\s*$", line)
+    return int(found[1]) if found else before
 
 
 def divergence(losses: list[float]) -> str | None:

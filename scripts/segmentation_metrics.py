@@ -23,7 +23,7 @@ from nnunetv2.evaluation.evaluate_predictions import region_or_label_to_mask
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from tqdm import tqdm
 
-# What MONAI says of its own calls.
+# MONAI warns of an argument that it passes itself.
 warnings.filterwarnings("ignore", r"monai\.metrics\.utils get_mask_edges", FutureWarning)
 METRICS = {"dice": "Dice", "jaccard": "Jaccard", "hd95_mm": "95 % Hausdorff, mm", "asd_mm": "mean surface distance, mm"}
 

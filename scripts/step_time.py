@@ -9,7 +9,8 @@ samples copy-paste takes 2 labelled and 2 unlabelled ones, which it mixes both w
 the training. Reported are the median time of a step, the median and quartiles of the ratio to the reference round by
 round (a machine's speed drifts, a ratio of neighbours does not), and the peak of tensor memory above what is held
 between steps. Then, likewise, the time in which each trainer's own loader makes a sample, in this process.
-`nnUNetTrainerSelfRegStraightPort`, which computes the same terms the published way, is at hand for comparison.
+`nnUNetTrainerSelfRegStraightPort`, which computes the same terms the published way, is there for comparison with
+`nnUNet_extTrainer=trainers:scripts/trials`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as results:
         os.environ["nnUNet_results"] = results  # a trainer writes a log file as soon as it exists
         trainers = {name: build(name, arguments) for name in arguments.tr}
-        stock = build("nnUNetTrainer", arguments)
+        stock = trainers.get("nnUNetTrainer") or build("nnUNetTrainer", arguments)
         for trainer in (*trainers.values(), stock):
             trainer.current_epoch = trainer.num_epochs // 2  # past the warm-up of copy-paste
             trainer.batch_size = arguments.b or trainer.batch_size

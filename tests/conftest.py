@@ -1,5 +1,6 @@
 """nnU-Net's environment for all tests: folders of the session, small numbers of processes, the checkout's trainers."""
 
+import multiprocessing
 import os
 import tempfile
 from pathlib import Path
@@ -19,6 +20,10 @@ os.environ.update(
     nnUNet_compile="f",
     OMP_NUM_THREADS="1",  # the networks are tiny: a second thread costs more than it brings
     PYTHONWARNINGS="ignore::FutureWarning",
+)
+# Before any test starts the server: later it would be ignored.
+multiprocessing.set_forkserver_preload(
+    ["nnunetv2.inference.export_prediction", "nnunetv2.evaluation.evaluate_predictions"]
 )
 
 

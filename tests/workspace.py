@@ -218,12 +218,14 @@ class InProcess:
 
 @contextlib.contextmanager
 def quickly_started_workers() -> Iterator[None]:
-    """nnU-Net's pools are forked off a server that has imported what they need; spawned ones import torch anew each."""
-    multiprocessing.set_forkserver_preload(
-        ["nnunetv2.inference.export_prediction", "nnunetv2.evaluation.evaluate_predictions"]
-    )
+    """nnU-Net's pools are forked off conftest's server, which has imported what they need; spawned ones would import
+    torch anew each."""
     get_context = multiprocessing.get_context
-    with patch.object(multiprocessing, "get_context", lambda _: get_context("forkserver")):
+
+    def forkserver_for_spawn(method: str | None = None):
+        return get_context("forkserver" if method == "spawn" else method)
+
+    with patch.object(multiprocessing, "get_context", forkserver_for_spawn):
         yield
 
 

@@ -39,7 +39,7 @@ class Foreground:
         if self.regions:
             return {}
         allowed = self.count if self.ignore_label is None else self.ignore_label
-        lowest, highest = (bound(target.flatten(1), 1) for bound in (torch.amin, torch.amax))
+        lowest, highest = target.flatten(1).aminmax(dim=1)
         unknown = torch.where(lowest < 0, lowest, highest)
         return {n: int(label) for n, label in enumerate(unknown) if not 0 <= label <= allowed}
 

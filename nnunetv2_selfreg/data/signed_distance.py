@@ -38,9 +38,7 @@ def signed_distance_map(mask: np.ndarray, spacing: Sequence[float] | None = None
     if not isinstance(mask, np.ndarray) or mask.dtype != bool:
         kind = f"an array of {mask.dtype}" if isinstance(mask, np.ndarray) else f"a {type(mask).__name__}"
         raise TypeError(f"the mask is {kind}, it must be a boolean NumPy array")
-    spacing = tuple(map(float, spacing if spacing is not None else [1] * mask.ndim))
-    if len(spacing) != mask.ndim or not all(0 < s < np.inf for s in spacing):
-        raise ValueError(f"the spacing is {spacing}, it must have a positive number for each of {mask.ndim} axes")
+    spacing = _checked(spacing if spacing is not None else [1] * mask.ndim, mask.ndim)
     if not mask.any():
         return np.ones(mask.shape, np.float32)
     if mask.all():
@@ -49,6 +47,16 @@ def signed_distance_map(mask: np.ndarray, spacing: Sequence[float] | None = None
     box = _box_around(mask)
     distance[box] -= _distance_inside(np.ascontiguousarray(mask[box]), spacing)
     return distance
+
+
+def _checked(spacing: Sequence[float], axes: int) -> tuple[float, ...]:
+    try:
+        numbers = tuple(map(float, spacing))
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != axes or not all(0 < s < np.inf for s in numbers):
+        raise ValueError(f"the spacing is {spacing}, it must have a positive number for each of {axes} axes")
+    return numbers
 
 
 def _distance_inside(mask: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:

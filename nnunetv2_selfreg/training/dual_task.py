@@ -7,6 +7,7 @@ The segmentation network stays nnU-Net's own and serves alone in the end. The di
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 
 from nnunetv2_selfreg.data.foreground import at_full_resolution
 from nnunetv2_selfreg.data.two_stream import WithSignedDistances
-from nnunetv2_selfreg.features import LastStageTap, unwrap
+from nnunetv2_selfreg.features import LastStageTap, heads_of, unwrap
 from nnunetv2_selfreg.losses.consistency import probabilities
 from nnunetv2_selfreg.losses.dual_task import distance_regression, occurring, predicted_distance, soft_mask
 from nnunetv2_selfreg.training.semi_supervised import SemiSupervised
@@ -26,14 +27,22 @@ from nnunetv2_selfreg.training.semi_supervised import SemiSupervised
 class DistanceTask(SemiSupervised):
     """Trains a second module beside the network for the distances, with an optimiser and a schedule like the network's.
 
-    A family says what the module is (:meth:`build_distance_module`) and what it learns. Both see the strong view alone.
-    With `unlabeled_batch_size = 0` they train on labels alone, and the two tasks still have to agree.
+        L = L_seg + beta L_distance + ramp(t) mean ( mask(z) - p )^2
+
+    `z` is the distance, the tanh of the module's output; `p` are the foreground's softmax or the regions' sigmoids. The
+    first two terms are of the labelled samples, the last of all. A family says what the module is
+    (:meth:`build_distance_module`), what it reads (:meth:`distance_input`) and what it learns (:meth:`distance_loss`).
+    The weak views are not used. With `unlabeled_batch_size = 0` all samples are labelled.
     """
 
     sharpness: float = 1500.0
     """`k` of :func:`soft_mask`, the published value."""
+    distance_weight: float = 1.0
+    """`beta`."""
 
     _needs_unlabeled = False
+    _distance_term: str
+    """Name of the distance's loss in the log."""
     _name_in_checkpoints: str
     """Of the module."""
 
@@ -42,8 +51,23 @@ class DistanceTask(SemiSupervised):
         the network."""
         raise NotImplementedError
 
+    def distance_input(self, batch: dict) -> Tensor:
+        """What the module reads, after the network's forward pass of `batch["data"]`."""
+        raise NotImplementedError
+
+    def distance_loss(self, distance: Tensor, target: Tensor, batch: dict) -> Tensor:
+        """What the module learns from the labels.
+
+        Args:
+            distance: `z` of the labelled samples, `(L, F, *spatial)`.
+            target: of these, at full resolution.
+            batch: the batch on the device.
+        """
+        raise NotImplementedError
+
     def initialize(self) -> None:
         self._require("sharpness", 0 < self.sharpness < math.inf, "finite and greater than 0")
+        self._require("distance_weight", 0 <= self.distance_weight < math.inf, "finite and 0 at least")
         super().initialize()
         self.distance_module = self._like_the_network(self.build_distance_module())
         self.distance_optimizer, self.distance_schedule = self._optimizer_of(self.distance_module)
@@ -74,8 +98,18 @@ class DistanceTask(SemiSupervised):
         self.distance_module.train()
         self.distance_schedule.step(self.current_epoch)
 
+    def semi_supervised_loss(self, output: Sequence[Tensor], target, batch: dict) -> Tensor:
+        distance = predicted_distance(self.distance_module(self.distance_input(batch)))
+        labels = at_full_resolution(target)
+        segmentation = self.supervised_loss(output, target)
+        of_labels = self.distance_loss(distance[: len(labels)], labels, batch)
+        consistency = self.agreement(distance, output[0])
+        terms = {"segmentation": segmentation, self._distance_term: of_labels, "consistency": consistency}
+        self.keep_terms({**terms, "consistency_weight": torch.tensor(self.ramp)})
+        return segmentation + self.distance_weight * of_labels + self.ramp * consistency
+
     def agreement(self, distance: Tensor, output: Tensor) -> Tensor:
-        """Mean squared difference of the two tasks' foreground.
+        """Mean squared difference of the two tasks' foreground, also of ignored voxels: they are unlabelled ones.
 
             mean ( mask(z) - p )^2
 
@@ -108,38 +142,35 @@ class DualTask(DistanceTask):
 
         L = L_seg + beta MSE(z, sdm(y)) + ramp(t) mean ( mask(z) - p )^2
 
-    `z` is the tanh of the distance head, a 1x1 convolution of the last decoder stage, `p` the foreground's softmax or
-    the regions' sigmoids. The first two are of the labelled samples, the last of all. The distance of a class that is
-    not in a sample, and of ignored voxels, does not count.
+    The distance head is a 1x1 convolution of the last decoder stage. The distance of a class that is not in a sample,
+    and of ignored voxels, does not count.
     """
 
-    distance_weight: float = 0.3
-    """`beta`."""
-    _name_in_checkpoints = "distance_head"
+    distance_weight = 0.3
+    """`beta`, the published value."""
 
-    def initialize(self) -> None:
-        self._require("distance_weight", 0 <= self.distance_weight < math.inf, "finite and 0 at least")
-        super().initialize()
+    _name_in_checkpoints = "distance_head"
+    _distance_term = "distance"
 
     def build_distance_module(self) -> nn.Module:
         self.tap = LastStageTap(self.network)  # first, since it raises for networks without stages
-        segmentation_head = unwrap(self.network).decoder.seg_layers[-1]
-        return type(segmentation_head)(segmentation_head.in_channels, self.foreground.count, kernel_size=1)
+        network = unwrap(self.network)
+        heads = heads_of(network)
+        if not heads:
+            raise NotImplementedError(
+                f"{type(network).__name__} has no decoder.seg_layers to put the distance head beside. Use a plan whose "
+                "network has them, such as PlainConvUNet or ResidualEncoderUNet."
+            )
+        return type(heads[-1])(heads[-1].in_channels, self.foreground.count, kernel_size=1)
 
     def labeled_stream(self, loader):
         return WithSignedDistances(super().labeled_stream(loader), self.foreground, self.configuration_manager.spacing)
 
-    def semi_supervised_loss(self, output, target, batch) -> Tensor:
-        distance = predicted_distance(self.distance_module(self.tap.take().final))
-        labeled = len(batch["distance"])
-        valid = self.foreground.valid(at_full_resolution(target))
-        terms = {
-            "segmentation": self.supervised_loss(output, target),
-            "distance": distance_regression(distance[:labeled], batch["distance"], valid),
-            "consistency": self.agreement(distance, output[0]),
-        }
-        self.keep_terms({**terms, "consistency_weight": torch.tensor(self.ramp)})
-        return terms["segmentation"] + self.distance_weight * terms["distance"] + self.ramp * terms["consistency"]
+    def distance_input(self, _batch: dict) -> Tensor:
+        return self.tap.take().final
+
+    def distance_loss(self, distance: Tensor, target: Tensor, batch: dict) -> Tensor:
+        return distance_regression(distance, batch["distance"], self.foreground.valid(target))
 
 
 class DualTaskMutual(DistanceTask):
@@ -147,13 +178,14 @@ class DualTaskMutual(DistanceTask):
 
         L_1 = L_seg(p, y),  L_2 = Dice(mask(z), y),  both + ramp(t) mean ( mask(z) - p )^2
 
-    `z` is the tanh of the second network, of the planned architecture. The released program lets the consistency's
-    gradient into both networks, as here, but adds it twice; here it counts once. The second network has no deep
-    supervision, since its loss is of the full resolution, and a class that is not in a sample (with batch Dice: in the
-    batch) counts as found, without gradient (our decisions).
+    The second network is of the planned architecture. The released program lets the consistency's gradient into both
+    networks, as here, but adds it twice; here it counts once. The second network has no deep supervision, since its
+    loss is of the full resolution, and a class that is not in a sample (with batch Dice: in the batch) counts as found,
+    without gradient (our decisions).
     """
 
     _name_in_checkpoints = "distance_network"
+    _distance_term = "distance_dice"
 
     def initialize(self) -> None:
         super().initialize()
@@ -170,29 +202,18 @@ class DualTaskMutual(DistanceTask):
             enable_deep_supervision=False,
         )
         # U-Nets have heads at the other scales all the same; DistributedDataParallel would wait for their gradients.
-        for head in list(getattr(network.decoder, "seg_layers", ()))[:-1]:
+        for head in heads_of(network)[:-1]:
             head.requires_grad_(False)
         return network
 
-    def semi_supervised_loss(self, output, target, batch) -> Tensor:
-        distance = predicted_distance(self.distance_module(batch["data"]))
-        terms = {
-            "segmentation": self.supervised_loss(output, target),
-            "distance_dice": self.distance_dice(distance, at_full_resolution(target)),
-            "consistency": self.agreement(distance, output[0]),
-        }
-        self.keep_terms({**terms, "consistency_weight": torch.tensor(self.ramp)})
-        return terms["segmentation"] + terms["distance_dice"] + self.ramp * terms["consistency"]
+    def distance_input(self, batch: dict) -> Tensor:
+        return batch["data"]
 
-    def distance_dice(self, distance: Tensor, target: Tensor) -> Tensor:
+    def distance_loss(self, distance: Tensor, target: Tensor, _batch: dict) -> Tensor:
         """Minus the Dice of `mask(z)`, in [-1, 0].
 
         The Dice of a class that does not occur would be a step of height 1 where the last false voxel goes: its
         gradient, steepened by the soft mask, is too large for half precision. So such a class counts as found.
-
-        Args:
-            distance: `z`, `(B, F, *spatial)`, the labelled samples first.
-            target: of these, at full resolution.
         """
         masks = self.foreground.masks(target)
         occurs = occurring(masks)
@@ -201,5 +222,4 @@ class DualTaskMutual(DistanceTask):
             if self.dice.ddp:
                 dist.all_reduce(occurs, dist.ReduceOp.MAX)
             occurs = occurs.bool()
-        soft = soft_mask(distance[: len(masks)], self.sharpness)
-        return self.dice(soft, masks, self.foreground.valid(target) & occurs)
+        return self.dice(soft_mask(distance, self.sharpness), masks, self.foreground.valid(target) & occurs)

@@ -128,12 +128,19 @@ class SemiSupervised(ReliableTraining):
         self._steps_in_epoch += 1
         return {"loss": loss.detach().cpu().numpy()}
 
+    def validation_step(self, batch: dict) -> dict:
+        self._refuse_unknown_labels(batch)
+        return super().validation_step(batch)
+
     def _refuse_unknown_labels(self, batch: dict) -> None:
         """A label out of range would end a GPU's work with an assertion that names nothing."""
         unknown = self.foreground.unknown_labels(at_full_resolution(batch["target"]))
         if unknown:
             found = ", ".join(f"{label} in {batch['keys'][sample]}" for sample, label in unknown.items())
-            message = f"Not among the data set's labels: {found}. Correct the label files, and preprocess again."
+            message = (
+                f"Not among the data set's labels: {found}, of {self.preprocessed_dataset_folder}. Correct the files "
+                "in labelsTr, and preprocess again."
+            )
             self.print_to_log_file(message, also_print_to_console=False)
             raise ValueError(message)
 

@@ -1,14 +1,11 @@
 """Variants of SelfReg that docs/selfreg.md reports on: found with `nnUNet_extTrainer=trainers:scripts/trials`."""
 
-import torch
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from torch.nn import functional as F
 
 from nnunetv2_selfreg.features import FeatureTaps
 from nnunetv2_selfreg.losses import SelfRegularizedLoss
 from nnunetv2_selfreg.losses.consistency import gaussian_ramp_up
-from nnunetv2_selfreg.losses.selfreg import average_pool
 from nnunetv2_selfreg.training.selfreg import SelfRegularized
 
 
@@ -66,24 +63,6 @@ class nnUNetTrainerSelfRegUnit(SelfRegularized, nnUNetTrainer):
     """Every feature map on the same scale."""
 
     regularized_loss = LossOfUnitFeatures
-
-
-class LossIntoFinal(SelfRegularizedLoss):
-    """The gradient of SCR flows into the last decoder stage too, as it does where a port forgets to stop it."""
-
-    def _scr(self, features, final):
-        terms = []
-        for feature in features:
-            n = min(feature.shape[1], final.shape[1])
-            mine, finals = (torch.randperm(f.shape[1])[:n] for f in (feature, final))
-            terms.append(F.mse_loss(feature[:, mine], average_pool(final, feature.shape[2:])[:, finals]))
-        return torch.stack(terms).mean()
-
-
-class nnUNetTrainerSelfRegIntoFinal(SelfRegularized, nnUNetTrainer):
-    """Semantic consistency pulls both sides together."""
-
-    regularized_loss = LossIntoFinal
 
 
 def _unit(feature):

@@ -58,15 +58,15 @@ def test_masks_that_are_empty_or_full_or_touch_the_border_or_have_a_single_voxel
 
 
 def test_mask_in_fortran_order_and_as_a_view():
-    mask = np.random.default_rng(0).random((12, 10, 8)) > 0.7
-    expected = signed_distance_map(mask)
-    np.testing.assert_array_equal(signed_distance_map(np.asfortranarray(mask)), expected)
-    np.testing.assert_array_equal(signed_distance_map(mask.T).T, expected)
+    mask, spacing = np.random.default_rng(0).random((12, 10, 8)) > 0.7, (3, 1, 0.4)
+    expected = signed_distance_map(mask, spacing)
+    np.testing.assert_array_equal(signed_distance_map(np.asfortranarray(mask), spacing), expected)
+    np.testing.assert_allclose(signed_distance_map(mask.T, spacing[::-1]).T, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("spacing", [(1, 1, 1), (1,), (1, 0), (1, -2), (1, float("nan")), (1, float("inf"))])
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (1,), (1, 0), (1, -2), (1, np.nan), (1, np.inf), 2.0, ("a", 1)])
 def test_spacing_must_be_positive_for_each_axis(spacing):
-    with pytest.raises(ValueError, match="spacing"):
+    with pytest.raises(ValueError, match="it must have a positive number for each of 2 axes"):
         signed_distance_map(np.ones((3, 3), bool), spacing)
 
 

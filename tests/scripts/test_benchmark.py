@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
-from run import Memory, is_full_disk, prediction_seconds, remove_broken_checkpoints, reported_divergence
+from run import Memory, begun_epoch, is_full_disk, prediction_seconds, remove_broken_checkpoints, reported_divergence
 
 TRAINERS_THAT_FAIL = """
 import time
@@ -128,8 +128,11 @@ def test_run_from_the_raw_data_set_is_measured_then_skipped_then_repeated_when_i
     assert predictions == {f"{case}.nii.gz" for case in splits[5]["val"]}
 
     before = (folder / "result.json").stat().st_mtime_ns
+    capsys.readouterr()
     assert run(monkeypatch, protocol) == 0
-    assert "1 of 1 runs are finished" in capsys.readouterr().out
+    out, errors = capsys.readouterr()
+    assert "1 of 1 runs are finished" in out
+    assert "epoch" not in errors  # no bar for nothing
     assert (folder / "result.json").stat().st_mtime_ns == before
     assert len(load_json(str(data_set / "splits_final.json"))) == 6
 
@@ -475,6 +478,12 @@ def test_any_preprocessed_data_set_without_a_protocol(protocol, monkeypatch, cap
     words = lines[1].split()
     assert main(monkeypatch, *words[2:], "--jobs") == 0  # a job is a command that this script takes
     assert capsys.readouterr().out.splitlines() == [lines[1]]
+
+
+def test_number_of_an_epoch_is_read_from_the_output():
+    assert begun_epoch("2026-01-02 03:04:05.678901: Epoch 72 \n", 0) == 72
+    for line in ("2026-01-02 03:04:05.678901: Epoch time: 45.15 s \n", "Epoch\n", "learned in Epoch 3 of 4\n"):
+        assert begun_epoch(line, 7) == 7
 
 
 def test_failed_run_is_reported_and_the_status_tells(protocol, monkeypatch, capsys):

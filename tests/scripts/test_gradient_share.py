@@ -11,7 +11,7 @@ class Trainer:
     consistency_weight = 0.5
 
     def __init__(self):
-        self.network = torch.nn.ParameterDict({name: torch.tensor(1.0) for name in ("x", "y")})
+        self.network = torch.nn.ParameterDict({name: torch.tensor(1.0) for name in ("x", "y", "unused")})
 
     def loss_of(self, batch):
         x, y = self.network["x"], self.network["y"]

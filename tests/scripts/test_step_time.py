@@ -1,7 +1,9 @@
 """The benchmark runs and its arithmetic is right; how long a step takes is not tested."""
 
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import step_time
@@ -15,6 +17,8 @@ def test_table_of_stock_ours_and_the_straight_port(data_sets, tmp_path, monkeypa
     output = tmp_path / "table.json"
     arguments = [data_sets.name("labels"), "3d_fullres", "-tr", *trainers, "-device", "cpu", "--rounds", "3", "-b", "4"]
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "untouched"))
+    trials = Path(step_time.__file__).parent / "trials"
+    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([os.environ["nnUNet_extTrainer"], str(trials)]))
     monkeypatch.setattr(sys, "argv", ["step_time.py", *arguments, "-o", str(output)])
     step_time.main()
     rows = json.loads(output.read_text())["rows"]

@@ -20,6 +20,7 @@ LAMBDAS = {
     "Unit": (0.015, 0.015),
     "AllBlocks": (0.015, 0.015),
     "IntoFinal": (0.015, 0.015),
+    "StraightPort": (0.015, 0.015),
 }
 # After a fifth of the training, which is half of the default ramp: 10 exp(-5 / 4).
 HALF_WAY = 2.8650480
@@ -126,13 +127,22 @@ def test_every_convolution_block_is_read(started):
     assert trainer.loss.taps.blocks(trainer.network)[1][-1] is stages[1][-1].convs[-1]
 
 
-@pytest.mark.parametrize("variant", ["", "IntoFinal"])
-def test_gradient_of_scr_in_the_last_stage(variant, started):
-    loss = started(f"nnUNetTrainerSelfReg{variant}").loss
-    features, final = [torch.randn(2, 6, 4, 4, requires_grad=True)], torch.randn(2, 4, 8, 8, requires_grad=True)
-    loss._scr(features, final).backward()
-    assert features[0].grad.abs().sum() > 0
-    assert (final.grad is not None and final.grad.abs().sum() > 0) == (variant == "IntoFinal")
+@pytest.mark.parametrize("variant", ["IntoFinal", "StraightPort"])
+def test_straight_port_has_the_same_terms_and_stops_the_gradient_of_scr_unless_it_forgets(variant, started):
+    features = [torch.randn(2, channels, 4, 4, requires_grad=True) for channels in (6, 2)]
+    final = torch.randn(2, 4, 8, 8, requires_grad=True)
+
+    def terms_and_gradient(loss):
+        torch.manual_seed(0)  # of the channels that are compared
+        terms = torch.stack([loss._scr(features, final), loss._ifd(features)])
+        final.grad = None
+        terms.sum().backward()
+        return terms.detach(), final.grad is not None and final.grad.abs().sum() > 0
+
+    expected, stopped = terms_and_gradient(started("nnUNetTrainerSelfReg").loss)
+    terms, flows = terms_and_gradient(started(f"nnUNetTrainerSelfReg{variant}").loss)
+    torch.testing.assert_close(terms, expected)
+    assert (stopped, flows) == (False, variant == "IntoFinal")
 
 
 @pytest.mark.parametrize("variant", CONSISTENCY_WEIGHTS)

@@ -75,7 +75,6 @@ def test_terms_are_recomputed_from_the_outputs(family, configuration, variant, d
         present = torch.from_numpy(masks.any((*whole, *range(2, masks.ndim)), keepdims=True))
         soft = torch.sigmoid(-3 * distance[:labelled]) * present
         expected = float(dice(soft, torch.from_numpy(masks), loss_mask=torch.from_numpy(valid)))
-        weight = 1
     else:
         squares = []
         for sample, label in np.ndindex(masks.shape[:2]):
@@ -84,11 +83,10 @@ def test_terms_are_recomputed_from_the_outputs(family, configuration, variant, d
                 exact = signed_distance_map(mask, trainer.configuration_manager.spacing)
                 squares.append(((distance[sample, label].numpy() - exact) ** 2)[valid[sample, 0]])
         expected = np.concatenate(squares).mean()
-        weight = 0.7
     outputs = trainer.train_step(batch)
     assert outputs[DISTANCE_TERM[family]] == pytest.approx(expected, rel=1e-4)
     assert outputs["consistency"] == pytest.approx(agreement, rel=1e-4)
-    total = outputs["segmentation"] + weight * expected + trainer_ramp(1) * agreement
+    total = outputs["segmentation"] + 0.7 * expected + trainer_ramp(1) * agreement
     assert outputs["loss"] == pytest.approx(total, rel=1e-4)
     assert outputs["consistency_weight"] == pytest.approx(trainer_ramp(1), rel=1e-5)
 
@@ -125,7 +123,7 @@ def test_agreement_teaches_both_tasks(run, monkeypatch):
     trainer.sharpness, trainer.distance_weight = 3.0, 0.0
     trainer.current_epoch = trainer.num_epochs
     monkeypatch.setattr(trainer, "supervised_loss", lambda output, _: 0 * output[0].sum())
-    trainer.distance_dice = lambda distance, _: 0 * distance.sum()
+    trainer.distance_loss = lambda distance, *_: 0 * distance.sum()
     output = trainer.network(batch["data"])
     trainer.semi_supervised_loss(output, batch["target"], batch).backward()
     for module in (trainer.network.decoder.seg_layers[-1], trainer.network.encoder, trainer.distance_module):
@@ -293,10 +291,45 @@ def test_label_that_the_data_set_does_not_have_is_named_with_its_case(family, la
     trainer = start(Run(data_sets.name("labels"), "2d", family + LENGTH).build())
     batch = next(trainer.dataloader_train)
     batch["target"][0][1, 0, 0, 0] = label
-    found = f"Not among the data set's labels: {label} in {batch['keys'][1]}. Correct"
-    with pytest.raises(ValueError, match=found):
-        trainer.train_step(batch)
-    assert found in Path(trainer.log_file).read_text()
+    found = f"Not among the data set's labels: {label} in {batch['keys'][1]}, of {trainer.preprocessed_dataset_folder}"
+    for step in (trainer.train_step, trainer.validation_step):
+        with pytest.raises(ValueError, match=found):
+            step(batch)
+    assert Path(trainer.log_file).read_text().count(found) == 2
+
+
+def primus(plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True):
+    from dynamic_network_architectures.architectures.primus import Primus
+
+    return Primus(num_input_channels, 24, (8, 8, 8), num_output_channels, 1, 2, (16, 24, 24))
+
+
+def test_network_without_stages_is_named_where_they_are_needed(run):
+    trainer = run.build()
+    trainer.build_network_architecture = primus
+    trainer.set_deep_supervision_enabled = lambda _: None  # nnU-Net's Primus trainers go without
+    if "Mutual" in run.trainer:
+        trainer.initialize()
+        assert type(trainer.distance_module).__name__ == "Primus"
+    else:
+        with pytest.raises(NotImplementedError, match="Primus has no encoder"):
+            trainer.initialize()
+
+
+def test_network_that_keeps_its_heads_elsewhere_is_named(data_sets, results):
+    trainer = Run(data_sets.name("labels"), "3d_fullres", "nnUNetTrainerDualTask").build()
+    build = trainer.build_network_architecture
+
+    def headless(
+        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
+    ):
+        network = build(plans_manager, configuration_manager, num_input_channels, num_output_channels)
+        del network.decoder.seg_layers
+        return network
+
+    trainer.build_network_architecture = headless
+    with pytest.raises(NotImplementedError, match=r"PlainConvUNet has no decoder\.seg_layers"):
+        trainer.initialize()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 import gc
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -26,10 +27,26 @@ def on_the_cpu(trainer):
     return trainer
 
 
-def train(rank: int, folder: str, run: Run) -> None:
+@contextmanager
+def joined(rank: int, folder: str, run: Run) -> Iterator:
+    """The trainer of one of two processes, which leave together."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     trainer = on_the_cpu(run.build())
+    yield trainer
+    dist.barrier()
+    # DDP ends before the process group, not when the interpreter does: their threads must not live so long.
+    vars(trainer).clear()
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def train(rank: int, folder: str, run: Run) -> None:
+    with joined(rank, folder, run) as trainer:
+        train_and_report(rank, folder, trainer)
+
+
+def train_and_report(rank: int, folder: str, trainer) -> None:
     trainer.configuration_manager.configuration["batch_size"] = 4  # two labelled samples a rank, which copy-paste mixes
     trainer.unlabeled_batch_size = 3  # of semi-supervised trainers
     torch.manual_seed(rank)  # equal weights at the start are DDP's business
@@ -59,11 +76,6 @@ def train(rank: int, folder: str, run: Run) -> None:
         },
         f"{folder}/rank{rank}.pth",
     )
-    dist.barrier()
-    # DDP ends before the process group, not when the interpreter does: their threads must not live so long.
-    vars(trainer).clear()
-    gc.collect()
-    dist.destroy_process_group()
 
 
 def taps_of(trainer) -> list:
@@ -132,15 +144,9 @@ def test_nothing_is_kept_and_one_rank_writes(ranks):
 
 def of_a_share(rank: int, folder: str, run: Run, function: Callable, samples: list) -> None:
     """What a function of a trainer makes of every other sample, on one of two ranks."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    trainer = on_the_cpu(run.build())
-    trainer.initialize()
-    torch.save(function(trainer, *_at(samples, slice(rank, None, 2))).detach(), f"{folder}/rank{rank}.pth")
-    dist.barrier()
-    vars(trainer).clear()
-    gc.collect()
-    dist.destroy_process_group()
+    with joined(rank, folder, run) as trainer:
+        trainer.initialize()
+        torch.save(function(trainer, *_at(samples, slice(rank, None, 2))).detach(), f"{folder}/rank{rank}.pth")
 
 
 def _at(samples, place: slice):
@@ -159,7 +165,7 @@ def check_that_ranks_share_their_dice(run: Run, function: Callable, samples: lis
 
 
 def dice_of_distances(trainer, *arguments) -> torch.Tensor:
-    return trainer.distance_dice(*arguments)
+    return trainer.distance_loss(*arguments, {})
 
 
 def test_batch_dice_of_distances_where_only_one_rank_sees_a_class(data_sets, tmp_path, monkeypatch):

@@ -13,12 +13,15 @@ from nnunetv2_selfreg.training.selfreg import SelfRegularized
 
 
 class StraightPortLoss(SelfRegularizedLoss):
+    scr_stop_gradient = True
+
     def _scr(self, features, final):
+        final = final.detach() if self.scr_stop_gradient else final
         terms = []
         for feature in features:
             # Pooled from full resolution for each block anew, and all of its channels shuffled.
             adaptive_pool = F.adaptive_avg_pool3d if feature.ndim == 5 else F.adaptive_avg_pool2d
-            pooled = adaptive_pool(final.detach(), feature.shape[2:])
+            pooled = adaptive_pool(final, feature.shape[2:])
             n = min(feature.shape[1], pooled.shape[1])
             shuffled = feature[:, torch.randperm(feature.shape[1])]
             terms.append(F.mse_loss(shuffled[:, :n], pooled[:, torch.randperm(pooled.shape[1])][:, :n]))
@@ -39,3 +42,15 @@ class nnUNetTrainerSelfRegStraightPort(SelfRegularized, nnUNetTrainer):
     """nnUNetTrainerSelfReg without any of its savings."""
 
     regularized_loss = StraightPortLoss
+
+
+class LossIntoFinal(StraightPortLoss):
+    """The gradient of SCR flows into the last decoder stage too, as it does where a port forgets to stop it."""
+
+    scr_stop_gradient = False
+
+
+class nnUNetTrainerSelfRegIntoFinal(SelfRegularized, nnUNetTrainer):
+    """Semantic consistency pulls both sides together."""
+
+    regularized_loss = LossIntoFinal
