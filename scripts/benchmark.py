@@ -52,6 +52,8 @@ def execute(runs: list[Run]) -> int:
                 failure = str(error) if isinstance(error, FAILURES) else f"{type(error).__name__}: {error}"
                 if is_full_disk(error, run.folder):
                     return report_full_disk(error)
+            finally:
+                progress.total = progress.n + later  # it may have ended early, or have been finished by another process
             if failure is not None:
                 failed += 1
                 tqdm.write(f"{run.folder.name}: {failure}", file=sys.stderr)

@@ -66,7 +66,7 @@ MEASURED = {
     "hippocampus-2d-20-cpu": "hippocampus in 2D, 20 labelled and 140 unlabelled scans, 5,000 steps",
     "left-atrium-8-cpu": "left atrium, 8 labelled and 56 unlabelled scans, 2,000 steps",
 }
-PROTOCOLS = ("left-atrium-8-cpu", "hippocampus-cpu", "hippocampus-2d-cpu", "hippocampus-2d-20-cpu")
+PROTOCOLS = ("left-atrium-8-cpu", "hippocampus-cpu", "hippocampus-long", "hippocampus-2d-cpu", "hippocampus-2d-20-cpu")
 
 
 def filled(text: str, tables: dict[str, str]) -> str:

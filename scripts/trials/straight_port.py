@@ -1,7 +1,7 @@
-"""SelfReg computed the published way, for comparison: full maps are permuted, normalised and pooled.
+"""SelfReg computed the published way, for comparison: found with `nnUNet_extTrainer=trainers:scripts/trials`.
 
-Own code after the description of the released program in Zhu et al., MICCAI 2024, taken from 2D to any dimension. The
-result is that of nnUNetTrainerSelfReg; the work is not.
+Full maps are permuted, normalised and pooled. Own code after the description of the released program in Zhu et al.,
+MICCAI 2024, taken from 2D to any dimension.
 """
 
 import torch
@@ -13,6 +13,8 @@ from nnunetv2_selfreg.training.selfreg import SelfRegularized
 
 
 class StraightPortLoss(SelfRegularizedLoss):
+    """The terms of nnUNetTrainerSelfReg, with all the work."""
+
     scr_stop_gradient = True
 
     def _scr(self, features, final):

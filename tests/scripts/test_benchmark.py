@@ -21,6 +21,7 @@ import pytest
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
 from run import Memory, begun_epoch, is_full_disk, prediction_seconds, remove_broken_checkpoints, reported_divergence
+from tqdm import tqdm
 
 TRAINERS_THAT_FAIL = """
 import time
@@ -94,7 +95,7 @@ def main(monkeypatch, *arguments: str) -> int:
 
 
 def test_run_from_the_raw_data_set_is_measured_then_skipped_then_repeated_when_its_checkpoint_is_broken(
-    protocol, data_sets, monkeypatch, capsys
+    protocol, data_sets, monkeypatch, capsys, shown_bars
 ):
     monkeypatch.setenv("nnUNet_preprocessed", str(protocol / "new"))
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # nnU-Net's planner sets so many threads
@@ -102,6 +103,7 @@ def test_run_from_the_raw_data_set_is_measured_then_skipped_then_repeated_when_i
     content["scales"]["cpu"] |= {"plans": "Coarse", "spacing": [3.5, 3, 3], "architecture": {}}
     save_json(content, str(protocol / "protocols" / "tiny.json"))
     assert run(monkeypatch, protocol) == 0
+    assert shown_bars == [(1, 1)]
     data_set = protocol / "new" / data_sets.name("labels")
     configurations = load_json(str(data_set / "Coarse.json"))["configurations"]
     assert configurations["3d_fullres"]["spacing"] == [3.5, 3, 3]
@@ -478,6 +480,45 @@ def test_any_preprocessed_data_set_without_a_protocol(protocol, monkeypatch, cap
     words = lines[1].split()
     assert main(monkeypatch, *words[2:], "--jobs") == 0  # a job is a command that this script takes
     assert capsys.readouterr().out.splitlines() == [lines[1]]
+
+
+class ShortRun:
+    """Of 4 epochs, of which as many are left as it is told; some fail before the last one."""
+
+    protocol = protocols.Protocol("p", "Dataset001_D", "plans", "3d_fullres", epochs=4, iterations=1)
+    folder = Path("p/run")
+
+    def __init__(self, left: int, error: Exception | None = None):
+        self.left, self.error = left, error
+
+    def execute(self, on_epoch):
+        for left in reversed(range(1 if self.error else 0, self.left)):
+            on_epoch(left)
+        if self.error:
+            raise self.error
+
+
+def test_bar_counts_the_epochs_that_are_left(shown_bars, capsys):
+    runs = [ShortRun(2), ShortRun(3, ValueError("broken")), ShortRun(4), ShortRun(0)]
+    assert benchmark.execute(runs) == 1
+    assert shown_bars == [(1, 14), (2, 14), (3, 13), (4, 13), (5, 12), (6, 12), (7, 12), (8, 12)]
+    errors = capsys.readouterr().err
+    assert "8/8 [" in errors
+    assert "run: broken" in errors
+
+
+@pytest.fixture
+def shown_bars(monkeypatch):
+    """The epochs done and all of them, after each epoch."""
+    shown = []
+
+    class Bar(tqdm):
+        def update(self, n=1):
+            super().update(n)
+            shown.append((self.n, self.total))
+
+    monkeypatch.setattr(benchmark, "tqdm", Bar)
+    return shown
 
 
 def test_number_of_an_epoch_is_read_from_the_output():

@@ -4,6 +4,7 @@ import sys
 import time
 
 import loading_wait
+import pytest
 
 
 class Trainer:
@@ -44,3 +45,10 @@ def test_row_of_each_trainer_through_real_workers(data_sets, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", ["loading_wait.py", *arguments, "-tr", *trainers])
     loading_wait.main()
     assert capsys.readouterr().out.count("| nnUNetTrainer") == 2
+
+
+def test_without_workers_there_is_nothing_to_measure(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["loading_wait.py", "1", "2d", "--workers", "0"])
+    with pytest.raises(SystemExit):
+        loading_wait.main()
+    assert "--workers must be at least 1" in capsys.readouterr().err
