@@ -67,6 +67,11 @@ def mix(outside: Tensor, inside: Tensor, masks: Tensor) -> Tensor:
     return torch.where(at_size(masks, outside.shape[2:]), outside, inside)
 
 
+def mix_all(outside: Sequence[Tensor], inside: Sequence[Tensor], masks: Tensor) -> list[Tensor]:
+    """:func:`mix` of images and of their targets at every scale, all with the same masks."""
+    return [mix(a, b, masks) for a, b in zip(outside, inside, strict=True)]
+
+
 def at_size(values: Tensor, size: Sequence[int]) -> Tensor:
     """Labels or masks `(B, C, *spatial)` at the nearest voxels of another size, as nnU-Net makes them for deep
     supervision."""

@@ -43,6 +43,19 @@ class Foreground:
         unknown = torch.where(lowest < 0, lowest, highest)
         return {n: int(label) for n, label in enumerate(unknown) if not 0 <= label <= allowed}
 
+    @property
+    def ignored_label(self) -> int:
+        """The data set's ignore label, or the first number that is no label."""
+        return self.count + 1 if self.ignore_label is None else self.ignore_label
+
+    def ignore_elsewhere(self, target: Tensor, part: Tensor) -> Tensor:
+        """`target` with all voxels ignored where `part` `(B, 1, *spatial)` is False: labels get :attr:`ignored_label`,
+        regions a last channel of ignored voxels."""
+        if not self.regions:
+            return torch.where(part, target, self.ignored_label)
+        ignored = ~(self.valid(target) & part)
+        return torch.cat((target[:, : self.count], ignored.to(target.dtype)), 1)
+
     def valid(self, target: Tensor) -> Tensor:
         """Which voxels are not ignored: boolean, `(B, 1, *spatial)`."""
         if self.ignore_label is None:
@@ -50,6 +63,11 @@ class Foreground:
         return target[:, -1:] < 1 if self.regions else target != self.ignore_label
 
 
+def as_list(target: Tensor | list[Tensor]) -> list[Tensor]:
+    """nnU-Net's target at every scale; one without deep supervision."""
+    return target if isinstance(target, list) else [target]
+
+
 def at_full_resolution(target: Tensor | list[Tensor]) -> Tensor:
-    """nnU-Net's target, or the first one of deep supervision."""
-    return target[0] if isinstance(target, list) else target
+    """The first of them."""
+    return as_list(target)[0]

@@ -11,10 +11,9 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from nnunetv2_selfreg.data.foreground import Foreground
+from nnunetv2_selfreg.data.foreground import Foreground, as_list
 from nnunetv2_selfreg.losses.consistency import gaussian_ramp_up
-from nnunetv2_selfreg.mixing import at_size, box_masks, box_sides, largest_components, mix
-from nnunetv2_selfreg.training.semi_supervised import as_list
+from nnunetv2_selfreg.mixing import at_size, box_masks, box_sides, largest_components, mix_all
 from nnunetv2_selfreg.training.teacher import WithTeacher
 
 
@@ -29,9 +28,9 @@ class CopyPaste(WithTeacher):
     ignored. The teacher labels the weak view, mixtures are made of strong views.
 
     Published: a training with labelled patches in one another, then another one with these mixtures alone, without a
-    ramp. Our decisions: one training, in whose first tenth `x_l'` takes the place of `x_u`, with full weight; the ramp
-    begins after it; the plain labelled samples stay in the batch; an unlabelled sample is in both mixtures, published
-    are two different ones.
+    ramp. Our decisions: one training, in whose first tenth `x_in = x_l M + x_l' (1 - M)`, and `x_out` is the other way
+    round, with full weight; the ramp begins after it; the plain labelled samples stay in the batch; an unlabelled
+    sample is in both mixtures, published are two different ones.
     """
 
     box_ratio: float = 2 / 3
@@ -46,23 +45,30 @@ class CopyPaste(WithTeacher):
     """Whether the teacher's labels keep only the largest connected component of each class or region (published; wrong
     for structures of several parts). Computed on the CPU."""
     ramp_up_length = 0.4
-    passes_of_unlabeled = 2
 
     def initialize(self) -> None:
-        self._require("box_ratio", 0 < self.box_ratio < 1, "between 0 and 1")
-        box_sides(self.configuration_manager.patch_size, self.box_ratio)  # raises if the box is empty
+        self._require_a_box()
         self._require("mixture_weight", 0 <= self.mixture_weight < math.inf, "finite and 0 at least")
         self._require("unlabeled_weight", 0 <= self.unlabeled_weight < math.inf, "finite and 0 at least")
         self._require("warm_up", 0 <= self.warm_up <= 1, "between 0 and 1")
         super().initialize()
         self.partial_loss = self.build_partial_loss()
-        if self.batch_size == 1:
+        if self.warm_up > 0 and self.batch_size == 1:
             self.print_to_log_file("One labelled sample a step: until the warm-up ends it is mixed with itself")
+
+    def _require_a_box(self) -> None:
+        try:
+            box_sides(self.configuration_manager.patch_size, self.box_ratio)
+        except ValueError as error:
+            raise ValueError(f"{type(self).__name__}.box_ratio: {error} ({self.configuration_name})") from error
 
     def build_partial_loss(self) -> nn.Module:
         """The loss of a part of the mixtures: that of the classes after this one, without what a class before it adds,
-        since SelfReg is to regularise once a step."""
-        return ignoring(super()._build_loss(), self.foreground)
+        since SelfReg is to regularise once a step. (A class before it that is to change the loss of mixtures as well
+        overrides this method too.)"""
+        loss = super()._build_loss()
+        enable_ignoring(loss, self.foreground)
+        return loss
 
     @property
     def warming_up(self) -> bool:
@@ -89,14 +95,13 @@ class CopyPaste(WithTeacher):
             raise ValueError(f"{type(self).__name__} mixes with labelled samples; this batch has no labelled sample")
         number = torch.arange(len(strong), device=strong.device)
         first, second = ([values[(number + n) % len(labeled)] for values in (labeled, *target)] for n in (0, 1))
+        masks = box_masks(len(strong), strong.shape[2:], self.box_ratio, strong.device)
         if self.warming_up:
-            pairs = zip(first, second, second, first, strict=True)
+            inward, outward = mix_all(first, second, masks), mix_all(second, first, masks)
         else:
             other = [strong, *self.pseudo_labels(batch["data_weak"], target)]
-            pairs = zip(first, other, other, second, strict=True)
-        masks = box_masks(len(strong), strong.shape[2:], self.box_ratio, strong.device)
-        both = torch.cat((masks, masks))
-        mixtures, *mixed_target = [mix(torch.cat((a, c)), torch.cat((b, d)), both) for a, b, c, d in pairs]
+            inward, outward = mix_all(first, other, masks), mix_all(other, second, masks)
+        mixtures, *mixed_target = map(torch.cat, zip(inward, outward, strict=True))
         return {
             **batch,
             "data": torch.cat((labeled, mixtures)),
@@ -104,7 +109,6 @@ class CopyPaste(WithTeacher):
             "other_part": torch.cat((~masks, masks)),
         }
 
-    @torch.no_grad()
     def pseudo_labels(self, weak: Tensor, target: Sequence[Tensor]) -> list[Tensor]:
         """The teacher's labels of the weak views `(U, C, *spatial)`, in the form and at the scales of `target`: labels
         `(U, 1, *spatial)`, or regions and, with an ignore label, a last channel of ignored voxels."""
@@ -140,7 +144,7 @@ class CopyPaste(WithTeacher):
             target: likewise, `(2 U, 1 or R, *spatial)`.
             part: boolean, `(2 U, 1, *spatial)`, at full resolution.
         """
-        kept = [ignore_elsewhere(scale, at_size(part, scale.shape[2:]), self.foreground) for scale in target]
+        kept = [self.foreground.ignore_elsewhere(scale, at_size(part, scale.shape[2:])) for scale in target]
         return sum(
             self.apply_loss(self.partial_loss, [s.chunk(2)[half] for s in output], [s.chunk(2)[half] for s in kept])
             for half in (0, 1)
@@ -155,9 +159,9 @@ class CopyPaste(WithTeacher):
         return super()._unlabeled_of_this_rank()
 
 
-def ignoring(loss: nn.Module, foreground: Foreground) -> nn.Module:
-    """Changes nnU-Net's loss so that it leaves out voxels of :func:`ignored_label` (labels), or of a last channel
-    (regions), also in a data set without an ignore label; returns it.
+def enable_ignoring(loss: nn.Module, foreground: Foreground) -> None:
+    """Changes nnU-Net's loss so that it leaves out what :meth:`Foreground.ignore_elsewhere` marks, also in a data set
+    without an ignore label.
 
     Raises:
         NotImplementedError: it is not Dice with cross-entropy, whose way to ignore voxels is known. (TopK counts
@@ -165,7 +169,7 @@ def ignoring(loss: nn.Module, foreground: Foreground) -> nn.Module:
     """
     inner = loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
     if isinstance(inner, DC_and_CE_loss):
-        inner.ignore_label = inner.ce.ignore_index = ignored_label(foreground)
+        inner.ignore_label = inner.ce.ignore_index = foreground.ignored_label
     elif not isinstance(inner, DC_and_BCE_loss):
         raise NotImplementedError(
             f"copy-paste needs nnU-Net's Dice and cross-entropy, of which it can leave out voxels; the loss here is "
@@ -175,17 +179,3 @@ def ignoring(loss: nn.Module, foreground: Foreground) -> nn.Module:
         inner.use_ignore_label = True
         inner.ce.reduction = "none"
         inner.weight_ce /= foreground.count  # with an ignore label nnU-Net adds the regions' terms up
-    return loss
-
-
-def ignored_label(foreground: Foreground) -> int:
-    """The data set's ignore label, or the first number that is no label."""
-    return foreground.count + 1 if foreground.ignore_label is None else foreground.ignore_label
-
-
-def ignore_elsewhere(target: Tensor, part: Tensor, foreground: Foreground) -> Tensor:
-    """`target` with all voxels ignored where `part` `(B, 1, *spatial)` is False."""
-    if not foreground.regions:
-        return torch.where(part, target, ignored_label(foreground))
-    ignored = ~(foreground.valid(target) & part)
-    return torch.cat((target[:, : foreground.count], ignored.to(target.dtype)), 1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
-from nnunetv2_selfreg.data.foreground import Foreground, at_full_resolution
+from nnunetv2_selfreg.data.foreground import Foreground, as_list, at_full_resolution
 from nnunetv2_selfreg.data.splits import read_splits
 from nnunetv2_selfreg.data.two_stream import TwoStreamLoader, UnlabeledLoader
 from nnunetv2_selfreg.data.unlabeled import UnlabeledPool, find_pool, recipe
@@ -39,8 +39,6 @@ class SemiSupervised(ReliableTraining):
     ramp_up_length: float = 1.0
     """Share of the training after which the unlabelled term has its full weight; the ramp is Gaussian."""
 
-    passes_of_unlabeled: int = 1
-    """How often an unlabelled sample goes through the network in a step."""
     _steps_in_epoch = 0
     _needs_unlabeled = True
 
@@ -232,11 +230,6 @@ class SemiSupervised(ReliableTraining):
             raise ValueError(f"unlabeled_batch_size is {self.unlabeled_batch_size}, fewer than the {world} processes")
         share, rest = divmod(self.unlabeled_batch_size, world)
         return share + (self.local_rank < rest)
-
-
-def as_list(target: Tensor | list[Tensor]) -> list[Tensor]:
-    """nnU-Net's target at every scale; one without deep supervision."""
-    return target if isinstance(target, list) else [target]
 
 
 @contextmanager

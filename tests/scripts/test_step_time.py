@@ -9,6 +9,7 @@ import pytest
 import step_time
 import torch
 
+from nnunetv2_selfreg.training.copy_paste import CopyPaste
 from nnunetv2_selfreg.training.semi_supervised import SemiSupervised
 
 
@@ -48,6 +49,9 @@ def test_half_of_the_samples_lose_their_labels_for_a_semi_supervised_trainer(dee
         def labeled_stream(self, loader):
             return ({**labeled, "counted": len(labeled["keys"])} for labeled in loader)
 
+    class CopyPasteTrainer(Trainer, CopyPaste):
+        pass
+
     trainer = object.__new__(Trainer)
     mine = step_time.batch_for(trainer, batch)
     assert mine["counted"] == 3
@@ -57,11 +61,10 @@ def test_half_of_the_samples_lose_their_labels_for_a_semi_supervised_trainer(dee
     target = mine["target"] if deep_supervision else [mine["target"]]
     assert [scale.flatten().tolist() for scale in target] == [[0, 1, 2], [10, 11, 12]][: len(target)]
     assert step_time.batch_for(object(), batch) is batch
-    trainer.passes_of_unlabeled = 2  # the network sees 3 labelled samples and one unlabelled one twice
+    trainer = object.__new__(CopyPasteTrainer)  # its network sees 3 labelled samples and one unlabelled one twice
     mine = step_time.batch_for(trainer, batch)
     assert mine["data"].tolist() == [0, 1, 2, 3]
     assert mine["data_weak"].tolist() == [3]
     assert len(mine["target"] if not deep_supervision else mine["target"][0]) == mine["counted"] == 3
-    trainer.passes_of_unlabeled = 5
-    with pytest.raises(ValueError, match="5 samples are too few for Trainer: -b 6 at least"):
-        step_time.batch_for(trainer, batch)
+    with pytest.raises(ValueError, match="2 samples are too few for CopyPasteTrainer: -b 3 at least"):
+        step_time.batch_for(trainer, {**batch, "data": batch["data"][:2]})

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from workspace import Run
@@ -215,4 +216,7 @@ def test_labels_of_the_network_itself_or_of_its_average(started):
 
 def test_stock_with_three_times_the_samples(started):
     trainer = started("nnUNetTrainerTriple")
-    assert len(next(trainer.dataloader_train)["data"]) == 3 * trainer.configuration_manager.batch_size
+    loader, stock = trainer.dataloader_train.data_loader, started("nnUNetTrainer").dataloader_train.data_loader
+    assert len(next(loader)["data"]) == 3 * trainer.configuration_manager.batch_size
+    shares = [np.mean([each.get_do_oversample(n) for n in range(each.batch_size)]) for each in (loader, stock)]
+    assert 0 < shares[0] == shares[1]

@@ -21,6 +21,7 @@ from nnunetv2_selfreg.training.copy_paste import CopyPaste
 
 NAME = "nnUNetTrainerCopyPaste_4epochs_2iters"
 VARIANTS = ("labels", "regions", "ignore", "regions_ignore")
+COARSE_COUNTS = (0.6, 0.4)  # nnU-Net gives the last scale no weight, and the tests' plans have two
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_mixtures_go_both_ways_and_have_different_labelled_samples(labeled, unla
     mine, strong, target = batch["data"][:labeled], batch["data"][labeled:], batch["target"]
     student = trainer.student_batch(batch)
     pseudo = trainer.pseudo_labels(batch["data_weak"], target)[0]
-    assert len(student["data"]) == labeled + trainer.passes_of_unlabeled * unlabeled
+    assert len(student["data"]) == labeled + 2 * unlabeled
     assert torch.equal(student["data"][:labeled], mine)
     inward, outward = student["other_part"].chunk(2)
     assert torch.equal(inward, ~outward)
@@ -176,7 +177,9 @@ def test_loss_of_a_box_is_nnunets_loss_of_the_cropped_box(variant, configuration
     pairs = [
         [cropped(values, part) for values, part in zip(scales, parts, strict=True)] for scales in (mixtures, target)
     ]
-    expected = of_both_halves(nnUNetTrainer._build_loss(trainer), *pairs)
+    stock = nnUNetTrainer._build_loss(trainer)
+    stock.weight_factors = trainer.partial_loss.weight_factors = COARSE_COUNTS
+    expected = of_both_halves(stock, *pairs)
     student["other_part"] = box.expand(count, -1, *box.shape[2:])
     trainer.semi_supervised_loss(output, batch["target"], student)
     torch.testing.assert_close(trainer.loss_terms()["unlabeled_part"], expected, rtol=1e-5, atol=1e-5)
@@ -209,15 +212,15 @@ def test_loss_of_everything_is_nnunets_loss(variant, deep_supervision, data_sets
 @pytest.mark.parametrize("variant", ["ignore", "regions_ignore"])
 def test_ignored_voxels_stay_ignored(variant, data_sets, results):
     trainer = after_warm_up(Run(data_sets.name(variant), "3d_fullres", NAME).build())
+    trainer.partial_loss.weight_factors = COARSE_COUNTS
     batch, student = mixed(trainer)
     output = [scale.detach().requires_grad_() for scale in trainer.network(student["data"])]
     trainer.semi_supervised_loss(output, batch["target"], student).backward()
-    for scale, target in zip(output[:-1], student["mixed_target"], strict=False):  # nnU-Net gives the last no weight
+    for scale, target in zip(output, student["mixed_target"], strict=True):
         ignored = target[:, -1:] == (3 if variant == "ignore" else 1)
         gradient = scale.grad[-len(target) :].abs().sum(1, keepdim=True)
-        if scale is output[0]:
-            assert ignored.any()
-            assert gradient[~ignored].min() > 0
+        assert ignored.any()
+        assert gradient[~ignored].min() > 0
         assert (gradient[ignored] == 0).all()
 
 
@@ -291,8 +294,6 @@ def test_largest_component_of_the_teachers_labels(variant, data_sets, results):
 @pytest.mark.parametrize(
     ("attribute", "value"),
     [
-        ("box_ratio", 0),
-        ("box_ratio", 1),
         ("mixture_weight", -1),
         ("unlabeled_weight", float("nan")),
         ("warm_up", 1.1),
@@ -306,13 +307,27 @@ def test_impossible_setting_is_named(attribute, value, run):
         trainer.initialize()
 
 
-def test_patch_in_which_the_box_is_empty_is_named(run):
+@pytest.mark.parametrize(
+    ("ratio", "problem"),
+    [
+        (0, "the box ratio is 0, it must be between 0 and 1"),
+        (1, "the box ratio is 1, it must be between 0 and 1"),
+        (0.01, "a box of 0.01 of a patch of .* voxels is empty: take a larger ratio or patch"),
+    ],
+)
+def test_impossible_box_is_named_with_its_setting(ratio, problem, run):
     trainer = run.build()
-    trainer.box_ratio = 0.01
-    with pytest.raises(
-        ValueError, match=r"a box of 0.01 of a patch of .* voxels is empty: take a larger ratio or patch"
-    ):
+    trainer.box_ratio = ratio
+    with pytest.raises(ValueError, match=rf"nnUNetTrainerCopyPaste_.*\.box_ratio: {problem} \(3d_fullres\)"):
         trainer.initialize()
+
+
+@pytest.mark.parametrize(("batch_size", "warm_up", "told"), [(1, 0.1, True), (1, 0.0, False), (2, 0.1, False)])
+def test_log_tells_that_one_sample_is_mixed_with_itself(batch_size, warm_up, told, run):
+    trainer = run.build()
+    trainer.configuration_manager.configuration["batch_size"], trainer.warm_up = batch_size, warm_up
+    trainer.initialize()
+    assert ("mixed with itself" in Path(trainer.log_file).read_text()) == told
 
 
 def test_batch_without_a_labelled_sample_is_an_error(run):
@@ -372,22 +387,27 @@ def test_fold_without_an_unlabelled_case_is_named(run, tmp_path):
         trainer.get_dataloaders()
 
 
-@pytest.mark.parametrize("variant", ["labels", "regions_ignore"])
-def test_step_in_mixed_precision(variant, data_sets, results):
-    """As on a GPU, in the half precision that a CPU has."""
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_in_mixed_precision(variant, data_sets, results):
+    """All of it, as on a GPU, in the half precision that a CPU has."""
     trainer = after_warm_up(Run(data_sets.name(variant), "2d", NAME).build())
-    batch, network = next(trainer.dataloader_train), trainer.network.forward
-    trainer.network.forward = torch.autocast("cpu", torch.bfloat16)(network)
-    outputs = trainer.train_step(batch)
-    assert all(np.isfinite(value) for value in outputs.values())
+    batch, losses = next(trainer.dataloader_train), []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses.append(float(trainer.loss_of(batch)))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0]
 
 
 def test_resumed_training_equals_one_without_interruption(run, tmp_path, monkeypatch):
-    """The interruption is in the warm-up."""
+    """The interruption is in the warm-up, and the ramp begins in the second of the last two epochs."""
     monkeypatch.setattr(CopyPaste, "warm_up", 0.6)
+    monkeypatch.setattr(CopyPaste, "ramp_up_length", 1.0)
     whole, second = whole_and_resumed(run, tmp_path, monkeypatch)
     torch.testing.assert_close(weights(second.network), weights(whole.network), rtol=0, atol=0)
     torch.testing.assert_close(weights(second.teacher), weights(whole.teacher), rtol=0, atol=0)
     curves = [t.logger.local_logger.my_fantastic_logging for t in (whole, second)]
     for name in ("unlabeled_part_weight", "labeled_part", "unlabeled_part", "train_losses", "student_dice"):
         np.testing.assert_array_equal(curves[1][name], curves[0][name])
+    assert 0 < curves[0]["unlabeled_part_weight"][-1] < 0.5
