@@ -14,7 +14,7 @@ class TestDualTask(_DualTask, TrainerContract):
     trainer = "nnUNetTrainerDualTask"
 
 
-class TestDualTaskMutual(_Mutual, TrainerContract):
+class TestDualTaskMutual(_Mutual):
     trainer = "nnUNetTrainerDualTaskMutual"
     chosen = FOUR_CELLS
 
