@@ -23,7 +23,11 @@ os.environ.update(
 )
 # Before any test starts the server: later it would be ignored.
 multiprocessing.set_forkserver_preload(
-    ["nnunetv2.inference.export_prediction", "nnunetv2.evaluation.evaluate_predictions"]
+    [
+        "nnunetv2.run.run_training",
+        "nnunetv2.inference.predict_from_raw_data",
+        "nnunetv2.evaluation.evaluate_predictions",
+    ]
 )
 
 

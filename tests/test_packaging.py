@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FIND = """
 import sys
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-print("FOUND", recursive_find_trainer_class_by_name(sys.argv[1]).__mro__)
+for name in sys.argv[1:]:
+    print("FOUND", recursive_find_trainer_class_by_name(name).__mro__)
 """
 OWN = """
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -66,9 +67,9 @@ class Environment:
         options = {"cwd": self.python.parent, "env": {**clean, **environment}, "capture_output": True, "text": True}
         return subprocess.run([str(python or self.python), *arguments], **options, check=False)
 
-    def find(self, trainer: str, **environment: str) -> str:
+    def find(self, *trainers: str, **environment: str) -> str:
         """What nnU-Net's look-up prints, or its error."""
-        done = self.run("-c", FIND, trainer, **environment)
+        done = self.run("-c", FIND, *trainers, **environment)
         return done.stdout + done.stderr
 
     def variable(self, **environment: str) -> str:
@@ -83,15 +84,18 @@ def environment(request, wheel, tmp_path_factory):
     return made
 
 
-def test_trainers_are_found_with_nothing_set(environment):
-    assert "SelfRegularized" in environment.find("nnUNetTrainerSelfReg_2epochs_3iters")
+REGULAR = pytest.mark.parametrize("environment", ["regular"], indirect=True)
+
+
+def test_trainers_are_found_with_nothing_set_beside_the_stock_ones(environment):
+    printed = environment.find("nnUNetTrainerSelfReg_2epochs_3iters", "nnUNetTrainerNoDeepSupervision")
+    ours, stock = (line for line in printed.splitlines() if line.startswith("FOUND"))
+    assert "SelfRegularized" in ours
+    assert "nnUNetTrainerNoDeepSupervision" in stock
     assert environment.variable() == str(environment.site / "nnunetv2_selfreg" / "trainers")
 
 
-def test_stock_trainers_are_found(environment):
-    assert "FOUND" in environment.find("nnUNetTrainerNoDeepSupervision")
-
-
+@REGULAR
 def test_variable_that_is_set_is_kept(environment, tmp_path):
     (tmp_path / "mine.py").write_text(OWN)
     both = f"{tmp_path}{os.pathsep}{environment.site / 'nnunetv2_selfreg' / 'trainers'}"
@@ -101,24 +105,23 @@ def test_variable_that_is_set_is_kept(environment, tmp_path):
     assert "SelfRegularized" in environment.find("nnUNetTrainerSelfReg", nnUNet_extTrainer=str(tmp_path))
 
 
-@pytest.mark.parametrize("environment", ["regular"], indirect=True)
+@REGULAR
 def test_nnunets_commands_train_and_predict_with_the_wheel(environment, data_sets, tmp_path):
-    """Nothing set but nnU-Net's three folders: train, continue, validate, start from weights, predict."""
+    """Nothing set but nnU-Net's three folders."""
     run = Run(data_sets.name("labels"), "2d", "nnUNetTrainerSelfReg_1epochs_1iters")
     results = {"nnUNet_results": str(tmp_path)}
+    training = [run.data_set, "2d", "0", "-tr", run.trainer, "-device", "cpu"]
+    environment.nnunet("run.run_training:run_training_entry", *training, **results)
     model = tmp_path / run.data_set / f"{run.trainer}__nnUNetPlans__2d"
-    weights = ["-pretrained_weights", str(model / "fold_0" / "checkpoint_final.pth")]
-    for fold, more in (("0", []), ("0", ["--c"]), ("0", ["--val"]), ("1", weights)):
-        training = [run.data_set, "2d", fold, "-tr", run.trainer, "-device", "cpu", *more]
-        environment.nnunet("run.run_training:run_training_entry", *training, **results)
-        assert (model / f"fold_{fold}" / "validation" / "summary.json").is_file()
-    prediction = ["-d", run.data_set, "-c", "2d", "-f", "0", "1", "-tr", run.trainer, "-device", "cpu"]
+    assert (model / "fold_0" / "validation" / "summary.json").is_file()
+    prediction = ["-d", run.data_set, "-c", "2d", "-f", "0", "-tr", run.trainer, "-device", "cpu"]
     folders = ["-i", str(run.raw / "imagesTs"), "-o", str(tmp_path / "predicted")]
     entry = "inference.predict_from_raw_data:predict_entry_point"
     environment.nnunet(entry, *prediction, *folders, "-npp", "1", "-nps", "1", **results)
     assert len(list((tmp_path / "predicted").glob("*.nii.gz"))) == 1
 
 
+@REGULAR
 def test_environment_behind_a_link(environment, tmp_path):
     """As a home folder on a cluster often is."""
     link = tmp_path / "link"
@@ -135,6 +138,7 @@ def test_trainers_command_says_that_and_how_they_are_found(environment):
     assert str(environment.site / "nnunetv2_selfreg.pth") in done.stdout
 
 
+@REGULAR
 def test_broken_package_harms_no_stock_trainer_and_says_why(environment):
     module = environment.site / "nnunetv2_selfreg" / "training" / "selfreg.py"
     whole = module.read_text()

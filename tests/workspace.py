@@ -8,9 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 from unittest.mock import patch
 
@@ -74,7 +76,8 @@ def _ignore_some_slices(file: Path) -> None:
 def _plan(number: int) -> None:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments
 
-    with patch.dict(os.environ, nnUNet_n_proc_DA="1"):  # nnU-Net's planner cannot do with the 0 of these tests
+    # nnU-Net's planner cannot do with the 0 of these tests.
+    with patch.dict(os.environ, nnUNet_n_proc_DA="1"), quickly_started_workers():
         extract_fingerprints([number], num_processes=1)
         plan_experiments([number])
     file = next(Path(os.environ["nnUNet_preprocessed"]).glob(f"Dataset{number}_*")) / "nnUNetPlans.json"
@@ -217,15 +220,15 @@ class InProcess:
 
 
 @contextlib.contextmanager
-def quickly_started_workers() -> Iterator[None]:
+def quickly_started_workers(method: str = "forkserver") -> Iterator[None]:
     """nnU-Net's pools are forked off conftest's server, which has imported what they need; spawned ones would import
     torch anew each."""
     get_context = multiprocessing.get_context
 
-    def forkserver_for_spawn(method: str | None = None):
-        return get_context("forkserver" if method == "spawn" else method)
+    def instead_of_spawn(wanted: str | None = None):
+        return get_context(method if wanted == "spawn" else wanted)
 
-    with patch.object(multiprocessing, "get_context", forkserver_for_spawn):
+    with patch.object(multiprocessing, "get_context", instead_of_spawn):
         yield
 
 
@@ -263,17 +266,33 @@ class Commands:
 
 
 def command(name: str, *arguments: str, **environment: str) -> str:
-    """Runs a command of this environment; returns what it printed. Fails with the end of that."""
-    done = subprocess.run(
-        [_program(name), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, **environment},
-        check=False,
-    )
-    assert done.returncode == 0, f"{name} {' '.join(arguments)}\n{done.stdout[-3000:]}"
-    return done.stdout
+    """Runs a command of this environment in a process of its own; returns what it printed. Fails with the end of that.
+
+    The process is forked off conftest's server: half a command's time would be its imports.
+    """
+    with tempfile.NamedTemporaryFile("r") as output:
+        context = multiprocessing.get_context("forkserver")
+        process = context.Process(
+            target=_run_command, args=(name, arguments, {**os.environ, **environment}, output.name)
+        )
+        process.start()
+        process.join()
+        printed = output.read()
+    assert process.exitcode == 0, f"{name} {' '.join(arguments)}\n{printed[-3000:]}"
+    return printed
+
+
+def _run_command(name: str, arguments: Sequence[str], environment: dict[str, str], output: str) -> None:
+    """What the script does that pip makes of an entry point."""
+    os.environ.clear()
+    os.environ.update(environment)
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [name, *arguments]
+    (entry,) = entry_points(group="console_scripts", name=name)
+    with quickly_started_workers("fork"):
+        entry.load()()
 
 
 def _program(name: str) -> str:
