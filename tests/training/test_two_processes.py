@@ -3,7 +3,7 @@
 import gc
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -27,10 +27,16 @@ def on_the_cpu(trainer):
     return trainer
 
 
+def in_two_processes(function: Callable, *arguments) -> None:
+    """Calls it in each with the rank first."""
+    mp.start_processes(function, args=arguments, nprocs=2, start_method="forkserver")
+
+
 @contextmanager
 def joined(rank: int, folder: str, run: Run) -> Iterator:
     """The trainer of one of two processes, which leave together."""
     torch.set_num_threads(1)
+    os.environ["nnUNet_results"] = folder  # conftest's server has that of the session
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     trainer = on_the_cpu(run.build())
     yield trainer
@@ -99,7 +105,7 @@ def ranks(request, data_sets):
     run = Run(data_sets.name("regions_ignore"), "3d_fullres", trainer)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("nnUNet_results", folder)
-        mp.spawn(train, args=(folder, run), nprocs=2)
+        in_two_processes(train, folder, run)
         results = [torch.load(f"{folder}/rank{rank}.pth", weights_only=False) for rank in (0, 1)]
         files = os.listdir(run.folder)
     return results, files, TERMS[request.param]
@@ -153,7 +159,7 @@ def test_batch_dice_of_a_class_that_only_one_rank_sees(data_sets, tmp_path, monk
     target = torch.zeros(2, 1, 8, 8)
     target[0, 0, :4], target[0, 0, 4:], target[1, 0, :2] = 1, 2, 2
     distance = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0)) / 1000
-    mp.spawn(dice_of_a_share, args=(str(tmp_path), run, distance, target), nprocs=2)
+    in_two_processes(dice_of_a_share, str(tmp_path), run, distance, target)
     trainer = run.build()
     trainer.initialize()
     expected = trainer.distance_loss(distance, target, {})
