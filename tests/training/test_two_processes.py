@@ -27,10 +27,16 @@ def on_the_cpu(trainer):
     return trainer
 
 
+def in_two_processes(function: Callable, *arguments) -> None:
+    """Calls it in each with the rank first."""
+    mp.start_processes(function, args=arguments, nprocs=2, start_method="forkserver")
+
+
 @contextmanager
 def joined(rank: int, folder: str, run: Run) -> Iterator:
     """The trainer of one of two processes, which leave together."""
     torch.set_num_threads(1)
+    os.environ["nnUNet_results"] = folder  # conftest's server has that of the session
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     trainer = on_the_cpu(run.build())
     yield trainer
@@ -101,7 +107,7 @@ def ranks(request, data_sets):
     run = Run(data_sets.name("regions_ignore"), "3d_fullres", trainer)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("nnUNet_results", folder)
-        mp.spawn(train, args=(folder, run), nprocs=2)
+        in_two_processes(train, folder, run)
         results = [torch.load(f"{folder}/rank{rank}.pth", weights_only=False) for rank in (0, 1)]
         files = os.listdir(run.folder)
     return results, files, TERMS[request.param]
@@ -156,7 +162,7 @@ def _at(samples, place: slice):
 
 def check_that_ranks_share_their_dice(run: Run, function: Callable, samples: list, folder: str) -> None:
     """Each gets the Dice of all samples in one process."""
-    mp.spawn(of_a_share, args=(folder, run, function, samples), nprocs=2)
+    in_two_processes(of_a_share, folder, run, function, samples)
     trainer = run.build()
     trainer.initialize()
     expected = function(trainer, *samples)
