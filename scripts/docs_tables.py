@@ -25,6 +25,7 @@ from benchmark_statistics import STOCK, costs_of, difference_rows, middle, read_
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 MEAN_TEACHER = "nnUNetTrainerMeanTeacher"
 SELFREG = "nnUNetTrainerSelfReg"
+COPY_PASTE = "nnUNetTrainerCopyPaste"
 # What the trials are called in the docs, in the order of the table.
 SELFREG_TRIALS = {
     STOCK: "stock nnU-Net",
@@ -54,12 +55,35 @@ MEAN_TEACHER_TRIALS = {
     f"{MEAN_TEACHER}Slow": "weight 100, decay 0.999",
     f"{MEAN_TEACHER}Double": "weight 100, twice as many unlabelled samples",
 }
+COPY_PASTE_TRIALS = {
+    STOCK: "stock nnU-Net",
+    "nnUNetTrainerTriple": "stock with as many samples a step",
+    MEAN_TEACHER: "mean teacher",
+    COPY_PASTE: "copy-paste, the default",
+    f"{COPY_PASTE}SmallBox": "box of a third of each side",
+    f"{COPY_PASTE}HalfBox": "box of half of each side",
+    f"{COPY_PASTE}LargeBox": "box of five sixths of each side",
+    f"{COPY_PASTE}Unlabeled0": "unlabelled part without weight",
+    f"{COPY_PASTE}Unlabeled1": "unlabelled part with weight 1",
+    f"{COPY_PASTE}Mixture1": "mixtures with weight 1",
+    f"{COPY_PASTE}MixturesOnly": "mixtures alone with weight 1, as published",
+    f"{COPY_PASTE}NoWarmUp": "no warm-up",
+    f"{COPY_PASTE}LongWarmUp": "warm-up of 40 %",
+    f"{COPY_PASTE}LabeledOnly": "warm-up to the end: labelled samples alone",
+    f"{COPY_PASTE}NoRamp": "no ramp, as published",
+    f"{COPY_PASTE}NoTeacher": "no teacher: the network labels, and predicts",
+    f"{COPY_PASTE}OwnLabels": "the network labels, its average predicts",
+    f"{COPY_PASTE}Largest": "largest component, as published",
+    f"{COPY_PASTE}OneView": "the teacher reads the strong view, as published",
+    f"{COPY_PASTE}WeakViews": "unlabelled parts of weak views",
+}
+COPY_PASTE_PAIR = COPY_PASTE, "nnUNetTrainerTriple"
 TRIALS = {  # all of them, since they are no rows of results.md
     name
     for file in (Path(__file__).parent / "trials").glob("*.py")
     for name in re.findall(r"^class (nnUNetTrainer\w+)", file.read_text(), re.MULTILINE)
 }
-MEASURED_TRAINERS = (STOCK, SELFREG, MEAN_TEACHER)
+MEASURED_TRAINERS = (STOCK, SELFREG, MEAN_TEACHER, COPY_PASTE)
 MEASURED = {
     "hippocampus-2d-cpu": "hippocampus in 2D, 5,000 steps",
     "hippocampus-cpu": "hippocampus in 3D, 1,000 steps",
@@ -102,17 +126,24 @@ def of_protocol(name: str) -> str:
     return "\n\n".join("\n".join(line for line in table if line.startswith("|")) for table in tables)
 
 
-def of_trials(name: str, titles: dict[str, str]) -> str:
-    """A line for each trial that was run, and for each run of stock against its others."""
+def of_trials(name: str, titles: dict[str, str], pair: tuple[str, str] | None = None) -> str:
+    """A line for each trial that was run, for the difference of a pair of them, and for each run of stock against its
+    others."""
     cases, results = read_runs(DOCS / "results" / name)
     dice = overall_dice(cases)
     titles = {trainer: title for trainer, title in titles.items() if trainer in dice.index}
-    differences = difference_rows(cases).query("`class` == 'mean'").set_index(["trainer", "metric"])
-    itself = {
+    differences = difference_rows(cases)
+    compared = {
         trainer: trainer.replace(STOCK, "stock") + " minus its others"
-        for trainer in differences.index.unique("trainer")
+        for trainer in differences["trainer"].unique()
         if trainer.startswith(f"{STOCK}, ")
     }
+    if pair and titles.keys() >= {*pair}:
+        trainer, reference = pair
+        of_pair = cases[cases["trainer"].isin(pair)].replace({"trainer": {reference: STOCK}})
+        compared = {"pair": f"{titles[trainer]} minus {titles[reference]}", **compared}
+        differences = pd.concat([differences, difference_rows(of_pair).replace({"trainer": {trainer: "pair"}})])
+    differences = differences.query("`class` == 'mean'").set_index(["trainer", "metric"]).sort_index()
     lines = table_head(
         "trial",
         "runs",
@@ -122,7 +153,7 @@ def of_trials(name: str, titles: dict[str, str]) -> str:
         "95 % Hausdorff minus stock, mm",
         "learned in epoch",
     )
-    for trainer, title in {**titles, **itself}.items():
+    for trainer, title in {**titles, **compared}.items():
         learned = [costs_of(result)["learned in epoch"] for result in results if result["trainer"] == trainer]
         lines.append(
             table_row(
@@ -168,6 +199,10 @@ PAGES = {
     "unlabelled-data.md": {
         "trials": partial(of_trials, "hippocampus-2d-20-cpu", MEAN_TEACHER_TRIALS),
         "trials on the left atrium": partial(of_trials, "left-atrium-8-cpu", MEAN_TEACHER_TRIALS),
+    },
+    "copy-paste.md": {
+        "trials on the left atrium": partial(of_trials, "left-atrium-8-cpu", COPY_PASTE_TRIALS, COPY_PASTE_PAIR),
+        "trials": partial(of_trials, "hippocampus-2d-20-cpu", COPY_PASTE_TRIALS, COPY_PASTE_PAIR),
     },
     "../README.md": {"measured": measured},
 }
