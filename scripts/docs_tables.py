@@ -140,9 +140,10 @@ def of_trials(name: str, titles: dict[str, str], pair: tuple[str, str] | None = 
     }
     if pair and titles.keys() >= {*pair}:
         trainer, reference = pair
-        of_pair = cases[cases["trainer"].isin(pair)].replace({"trainer": {reference: STOCK}})
+        of_pair = cases[cases["trainer"].isin(pair)]
+        of_pair = of_pair.assign(trainer=of_pair["trainer"].map({trainer: "pair", reference: STOCK}))
         compared = {"pair": f"{titles[trainer]} minus {titles[reference]}", **compared}
-        differences = pd.concat([differences, difference_rows(of_pair).replace({"trainer": {trainer: "pair"}})])
+        differences = pd.concat([differences, difference_rows(of_pair).query("trainer == 'pair'")])
     differences = differences.query("`class` == 'mean'").set_index(["trainer", "metric"]).sort_index()
     lines = table_head(
         "trial",
