@@ -144,7 +144,7 @@ def of_trials(name: str, titles: dict[str, str], pair: tuple[str, str] | None = 
         of_pair = of_pair.assign(trainer=of_pair["trainer"].map({trainer: "pair", reference: STOCK}))
         compared = {"pair": f"{titles[trainer]} minus {titles[reference]}", **compared}
         differences = pd.concat([differences, difference_rows(of_pair).query("trainer == 'pair'")])
-    differences = differences.query("`class` == 'mean'").set_index(["trainer", "metric"]).sort_index()
+    differences = differences.query("`class` == 'mean'").set_index(["trainer", "metric"])
     lines = table_head(
         "trial",
         "runs",

@@ -221,8 +221,8 @@ class InProcess:
 
 @contextlib.contextmanager
 def quickly_started_workers(method: str = "forkserver") -> Iterator[None]:
-    """nnU-Net's pools are forked off conftest's server, which has imported what they need; spawned ones would import
-    torch anew each."""
+    """nnU-Net's pools are forked off conftest's server, which has imported what they need, or with "fork" off a process
+    that is itself; spawned ones would import torch anew each."""
     get_context = multiprocessing.get_context
 
     def instead_of_spawn(wanted: str | None = None):
