@@ -117,6 +117,26 @@ def average_pool(feature: Tensor, shape: Sequence[int]) -> Tensor:
     return _at_least_single((F.avg_pool2d if len(shape) == 2 else F.avg_pool3d)(feature, kernel))
 
 
+def of_image(feature: Tensor, padded: Sequence[int], image: Sequence[int]) -> Tensor:
+    """The part of a feature map that sees the image, where the network padded it at the end of each axis.
+
+    A place that covers some of the image and some of the padding stays. Without padding it is the whole map.
+
+    Args:
+        feature: `(B, C, *spatial)`, of any resolution.
+        padded, image: spatial shapes at full resolution.
+
+    >>> of_image(torch.zeros(1, 1, 8, 4), padded=(64, 32), image=(40, 32)).shape
+    torch.Size([1, 1, 5, 4])
+    """
+    if tuple(padded) == tuple(image):
+        return feature
+    covered = (
+        -(-length * have // whole) for have, whole, length in zip(feature.shape[2:], padded, image, strict=True)
+    )
+    return feature[(..., *(slice(length) for length in covered))]
+
+
 class SelfRegularizedLoss(nn.Module):
     """Adds SCR and IFD of the tapped features to a segmentation loss while the network trains.
 
@@ -125,6 +145,7 @@ class SelfRegularizedLoss(nn.Module):
     The averaging is the released program's, the two lambdas are the paper's. In evaluation it is the segmentation loss
     alone, so a validation loss stays comparable with stock nnU-Net. A term whose lambda is 0 is not computed. Half
     precision features are compared in single precision (CUDA pools them in half precision, with single-precision sums).
+    Of a network that pads its input, only what sees the image is compared.
 
     One forward pass of the tapped network in training, then one call: the features are handed over once. A training
     step with several segmentation losses calls this one for one of them.
@@ -169,9 +190,11 @@ class SelfRegularizedLoss(nn.Module):
             return total
         self.terms = {"segmentation": total.detach()}
         encoder, decoder, final = self.taps.take()
+        image = (output if isinstance(output, Tensor) else output[0]).shape[2:]
         if self.lambda_scr > 0:
-            total = total + self.lambda_scr * self._keep("scr", self._scr([*encoder, *decoder], final))
+            total = total + self.lambda_scr * self._keep("scr", self._scr([*encoder, *decoder], final, image))
         if self.lambda_ifd > 0:
+            encoder, decoder = ([of_image(f, final.shape[2:], image) for f in part] for part in (encoder, decoder))
             total = total + self.lambda_ifd * self._keep("ifd", self._ifd(encoder) + self._ifd(decoder))
         return total
 
@@ -179,9 +202,11 @@ class SelfRegularizedLoss(nn.Module):
         self.terms[name] = term.detach()
         return term
 
-    def _scr(self, features: list[Tensor], final: Tensor) -> Tensor:
+    def _scr(self, features: list[Tensor], final: Tensor, image: Sequence[int]) -> Tensor:
+        padded = final.shape[2:]
         pooled = _pooled_to_each_shape(final.detach(), {tuple(f.shape[2:]) for f in features})
-        return torch.stack([semantic_consistency(f, pooled[tuple(f.shape[2:])]) for f in features]).mean()
+        pairs = ((of_image(g, padded, image) for g in (f, pooled[tuple(f.shape[2:])])) for f in features)
+        return torch.stack([semantic_consistency(*pair) for pair in pairs]).mean()
 
     def _ifd(self, features: list[Tensor]) -> Tensor:
         comparable = [f for f in features if f.shape[1] > 1] or features

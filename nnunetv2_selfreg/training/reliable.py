@@ -100,6 +100,10 @@ class ReliableTraining(_Trainer):
         super().load_checkpoint(filename_or_checkpoint)
         self.load_extra_state(state)
 
+    def _require(self, name: str, fulfilled: bool, what: str) -> None:
+        if not fulfilled:
+            raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)}, it must be {what}")
+
     def _add_extra_state(self, filename: str) -> None:
         # nnU-Net builds and writes its dictionary in one function, so the file is read and written again.
         state = self.extra_state()

@@ -98,10 +98,6 @@ class SemiSupervised(ReliableTraining):
         self.foreground = Foreground.of(self.label_manager)
         self._terms: dict[str, Tensor] = {}
 
-    def _require(self, name: str, fulfilled: bool, what: str) -> None:
-        if not fulfilled:
-            raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)}, it must be {what}")
-
     def on_train_epoch_start(self) -> None:
         self._steps_in_epoch = 0
         super().on_train_epoch_start()

@@ -52,8 +52,8 @@ class nnUNetTrainerSelfRegWarm(SelfRegularized, nnUNetTrainer):
 class LossOfUnitFeatures(SelfRegularizedLoss):
     """The terms of feature maps that are divided by their root mean square, so that no gradient changes their scale."""
 
-    def _scr(self, features, final):
-        return super()._scr([_unit(feature) for feature in features], _unit(final))
+    def _scr(self, features, final, image):
+        return super()._scr([_unit(feature) for feature in features], _unit(final), image)
 
     def _ifd(self, features):
         return super()._ifd([_unit(feature) for feature in features])

@@ -17,7 +17,7 @@ class StraightPortLoss(SelfRegularizedLoss):
 
     scr_stop_gradient = True
 
-    def _scr(self, features, final):
+    def _scr(self, features, final, _image):
         final = final.detach() if self.scr_stop_gradient else final
         terms = []
         for feature in features:

@@ -135,7 +135,7 @@ def test_straight_port_has_the_same_terms_and_stops_the_gradient_of_scr_unless_i
 
     def terms_and_gradient(loss):
         torch.manual_seed(0)  # of the channels that are compared
-        terms = torch.stack([loss._scr(features, final), loss._ifd(features)])
+        terms = torch.stack([loss._scr(features, final, final.shape[2:]), loss._ifd(features)])
         final.grad = None
         terms.sum().backward()
         return terms.detach(), final.grad is not None and final.grad.abs().sum() > 0

@@ -1,0 +1,172 @@
+"""Trainers about an architecture: another network in the place of the planned one, with the plan's patch and strides."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import Tensor, nn
+
+from nnunetv2_selfreg.losses.kmax import KMaxLoss
+from nnunetv2_selfreg.networks.kmax import QUERIES, KMaxUXNet
+from nnunetv2_selfreg.networks.swin import SwinUNETR
+from nnunetv2_selfreg.networks.uxnet import UXNet
+from nnunetv2_selfreg.training.optimizers import WarmUpAdamW
+
+
+class Backbone(WarmUpAdamW):
+    """Builds its own network, for training and for prediction, out of its attributes.
+
+    nnU-Net asks the class for the network when it predicts, so whatever changes the weights' shapes must be an
+    attribute of the class.
+    """
+
+    activation_checkpointing: bool = False
+    """Whether blocks compute their activations anew in the backward pass: less memory, more time, the same results."""
+    drop_path: float = 0.0
+    """Largest probability of stochastic depth, reached in the deepest block."""
+
+    @classmethod
+    def network_of_plan(
+        cls, configuration: ConfigurationManager, input_channels: int, num_classes: int, deep_supervision: bool
+    ) -> nn.Module:
+        """The network.
+
+        Raises:
+            ValueError, NotImplementedError: the plan is none for it.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        try:
+            return cls.network_of_plan(
+                configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+            )
+        except (ValueError, NotImplementedError) as error:
+            where = f"{cls.__name__}, configuration {configuration_manager.configuration_name} of {plans_manager.plans_name}"
+            raise type(error)(f"{where}: {error}") from error
+
+
+class UXNetBackbone(Backbone):
+    """3D UX-Net (Lee et al., ICLR 2023) with the plan's strides and dimension; its widths are not the plan's."""
+
+    width: int = 48
+    """Channels at full resolution; they double up to eight times that."""
+    deepest: int = 768
+    """Channels of the bottleneck's residual block."""
+    layer_scale: float = 1e-6
+    """Initial value of the layer scale."""
+
+    network_class: ClassVar[type[UXNet]] = UXNet
+
+    @classmethod
+    def network_of_plan(
+        cls, configuration: ConfigurationManager, input_channels: int, num_classes: int, deep_supervision: bool
+    ) -> nn.Module:
+        check_patch(configuration.patch_size, configuration.pool_op_kernel_sizes)
+        return cls.network_class(
+            input_channels,
+            num_classes,
+            configuration.pool_op_kernel_sizes,
+            configuration.network_arch_init_kwargs["kernel_sizes"],
+            deep_supervision,
+            width=cls.width,
+            deepest=cls.deepest,
+            drop_path=cls.drop_path,
+            layer_scale=cls.layer_scale,
+            activation_checkpointing=cls.activation_checkpointing,
+            **cls.further_arguments(),
+        )
+
+    @classmethod
+    def further_arguments(cls) -> dict:
+        """Of the network."""
+        return {}
+
+
+class KMaxUXNetBackbone(UXNetBackbone):
+    """UX-Net with the k-means mask decoder; what serves at inference is the segmentation by queries.
+
+        L = L_seg(query segmentation) + L_seg(convolutional heads) + query_weight L_qd
+
+    The two `L_seg` are nnU-Net's, the second one with deep supervision.
+    """
+
+    queries: int = QUERIES
+    """Number of cluster centres: an eighth for the background, equal shares of the rest for the other classes."""
+    query_weight: float = 0.1
+    """Of the loss on the queries' assignment."""
+
+    network_class = KMaxUXNet
+
+    @classmethod
+    def further_arguments(cls) -> dict:
+        return {"queries": cls.queries}
+
+    def initialize(self) -> None:
+        if self.label_manager.has_regions:
+            raise NotImplementedError(
+                f"{type(self).__name__} gives each voxel to one class, and {self.plans_manager.dataset_name} has regions, "
+                "which overlap. Train them with nnUNetTrainerUXNet, or write labels without regions into dataset.json."
+            )
+        if not self.enable_deep_supervision:
+            raise NotImplementedError(f"{type(self).__name__} trains its queries with deep supervision only")
+        super().initialize()
+
+    def _build_loss(self) -> nn.Module:
+        return KMaxLoss(super()._build_loss(), self.query_weight, self.label_manager.ignore_label)
+
+    def loss_terms(self) -> dict[str, Tensor]:
+        return {**super().loss_terms(), **self.loss.terms}
+
+
+class SwinUNETRBackbone(Backbone):
+    """SwinUNETR (Hatamizadeh et al., 2022), MONAI's, for 2D and 3D and any patch size; without deep supervision.
+
+    It halves every axis five times, whatever the plan's strides, and has no heads at lower resolutions, as published.
+    """
+
+    feature_size: int = 48
+    """Channels at full resolution, a multiple of 12."""
+
+    @classmethod
+    def network_of_plan(
+        cls, configuration: ConfigurationManager, input_channels: int, num_classes: int, deep_supervision: bool
+    ) -> nn.Module:
+        return SwinUNETR(
+            input_channels,
+            num_classes,
+            len(configuration.patch_size),
+            cls.feature_size,
+            cls.drop_path,
+            cls.activation_checkpointing,
+        )
+
+    def initialize(self) -> None:
+        self.enable_deep_supervision = False
+        super().initialize()
+
+
+def check_patch(patch_size: list[int], strides: list[list[int]]) -> None:
+    """Raises ValueError if a network of these strides cannot take the patch: a side is not divisible, or the
+    bottleneck would be a single voxel, of which instance norm can make nothing."""
+    total = np.prod(strides, axis=0)
+    sizes = np.asarray(patch_size)
+    if (sizes % total).any():
+        raise ValueError(
+            f"the patch size {sizes.tolist()} is not divisible by the product of the strides, {total.tolist()}. Plan anew, "
+            "or correct patch_size in the plans file."
+        )
+    if (sizes == total).all():
+        raise ValueError(
+            f"the patch size {sizes.tolist()} leaves a single voxel in the bottleneck. Take a larger patch or fewer stages."
+        )
