@@ -2,9 +2,9 @@
 
     python scripts/depthwise_time.py --channels 48 --size 32 -device cpu
 
-`Conv3d` is torch's, on a contiguous tensor or in `channels_last_3d`; "planes" sums seven 2D depthwise convolutions, one
-for each plane of the kernel, and "channels_last_3d with layout changes" starts and ends with a contiguous tensor, as the
-rest of the network has it. Forward and backward pass, median and quartiles, all ways in turn.
+`Conv3d` is torch's, on a contiguous tensor or in `channels_last_3d`; "planes" sums seven 2D depthwise convolutions,
+one for each plane of the kernel, and "with layout changes" starts and ends with a contiguous tensor, as the rest of the
+network has it. Forward and backward pass, median and quartiles, all ways in turn.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def channels_last_with_changes(image: Tensor, conv: nn.Conv3d) -> Tensor:
 
 
 def planes(image: Tensor, conv: nn.Conv3d) -> Tensor:
-    """sum over the kernel's first axis of 2D convolutions, the image's first axis being part of the batch."""
+    """Sum over the kernel's first axis of 2D convolutions, the image's first axis being part of the batch."""
     batch, channels, depth, *plane = image.shape
     around = conv.padding[0]
     padded = F.pad(image, (0, 0, 0, 0, around, around)).transpose(1, 2)  # (B, D, C, H, W)

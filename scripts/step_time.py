@@ -97,7 +97,9 @@ def measure(trainers: dict[str, Any], loader: Any, rounds: int) -> tuple[dict[st
 
 def batch_for(trainer: Any, batch: dict) -> dict:
     """A stock batch as the trainer takes it, so that its network sees as many samples: for a semi-supervised one the
-    last of them have no labels."""
+    last of them have no labels, and without deep supervision there is one target."""
+    if isinstance(batch["target"], list) and not trainer.enable_deep_supervision:
+        batch = {**batch, "target": batch["target"][0]}
     if not isinstance(trainer, SemiSupervised):
         return batch
     labeled, unlabeled = numbers_of_samples(trainer, len(batch["data"]))

@@ -16,7 +16,7 @@ for _name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
 os.environ.update(
     nnUNet_n_proc_DA="0",
     nnUNet_def_n_proc="1",
-    nnUNet_extTrainer=str(ROOT / "trainers"),
+    nnUNet_extTrainer=os.pathsep.join([str(ROOT / "trainers"), str(ROOT / "tests" / "small_trainers")]),
     nnUNet_compile="f",
     OMP_NUM_THREADS="1",  # the networks are tiny: a second thread costs more than it brings
     PYTHONWARNINGS="ignore::FutureWarning",

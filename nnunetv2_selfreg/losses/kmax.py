@@ -41,14 +41,18 @@ def query_distribution_loss(log_assignment: Tensor, labels: Tensor, ignore_label
 
 
 def class_shares(labels: Tensor, shape: Sequence[int], num_classes: int, ignore_label: int | None = None) -> Tensor:
-    """Share of each class in what each voxel of a coarser `shape` covers of a label map, `(B, K, *shape)`, in single
-    precision. Ignored voxels belong to no class, so shares may sum to less than 1."""
+    """Share of each class in what each voxel of a coarser `shape` covers of a label map, `(B, K, *shape)`.
+
+    In single precision. Ignored voxels belong to no class, so shares may sum to less than 1.
+    """
     one_hot = [(labels[:, 0] == label) & (label != ignore_label) for label in range(num_classes)]
     return average_pool(torch.stack(one_hot, 1).float(), shape)
 
 
 class KMaxLoss(nn.Module):
-    """L_seg(query segmentation) + deep supervision of the convolutional heads + query_weight * mean over layers of L_qd.
+    """Sums nnU-Net's loss of the query segmentation, that of the convolutional heads, and the queries' own.
+
+        L = L_seg(S) + L_seg(heads), with deep supervision, + query_weight * mean over layers of L_qd
 
     `terms` holds the detached scalars of the last call: `segmentation`, `convolutional`, `query_distribution`, without
     weights.

@@ -124,16 +124,15 @@ def of_image(feature: Tensor, padded: Sequence[int], image: Sequence[int]) -> Te
 
     Args:
         feature: `(B, C, *spatial)`, of any resolution.
-        padded, image: spatial shapes at full resolution.
+        padded: spatial shape of what the network sees, at full resolution.
+        image: spatial shape of the image in it.
 
     >>> of_image(torch.zeros(1, 1, 8, 4), padded=(64, 32), image=(40, 32)).shape
     torch.Size([1, 1, 5, 4])
     """
     if tuple(padded) == tuple(image):
         return feature
-    covered = (
-        -(-length * have // whole) for have, whole, length in zip(feature.shape[2:], padded, image, strict=True)
-    )
+    covered = (-(-length * have // whole) for have, whole, length in zip(feature.shape[2:], padded, image, strict=True))
     return feature[(..., *(slice(length) for length in covered))]
 
 

@@ -110,7 +110,12 @@ class KMaskDecoder(nn.Module):
     """
 
     def __init__(
-        self, conv_op: type[nn.Module], level_channels: Sequence[int], pixel_channels: int, num_classes: int, queries: int
+        self,
+        conv_op: type[nn.Module],
+        level_channels: Sequence[int],
+        pixel_channels: int,
+        num_classes: int,
+        queries: int,
     ) -> None:
         super().__init__()
         self.groups = query_groups(queries, num_classes)
@@ -244,7 +249,7 @@ def query_groups(queries: int, num_classes: int) -> list[int]:
     groups[-1] += queries - sum(groups)
     if min(groups) < 1:
         raise ValueError(
-            f"{queries} queries are too few for {num_classes} classes: background gets an eighth, each other class an equal "
-            "share of the rest, at least one each. Raise the attribute `queries` of the trainer."
+            f"{queries} queries are too few for {num_classes} classes: background gets an eighth, each other class an "
+            "equal share of the rest, at least one each. Raise the attribute `queries` of the trainer."
         )
     return groups

@@ -1,14 +1,13 @@
 """MONAI's SwinUNETR with nnU-Net's interface: any patch size, an encoder and a decoder with stages.
 
-Source: Hatamizadeh et al., "Swin UNETR", arXiv 2201.01266, as MONAI has it. It halves every axis five times, whatever the
-plan. Ours is the padding. MONAI is an optional dependency, imported when a network is made.
+Source: Hatamizadeh et al., "Swin UNETR", arXiv 2201.01266, as MONAI has it. It halves every axis five times, whatever
+the plan. Ours is the padding. MONAI is an optional dependency, imported when a network is made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -68,18 +67,19 @@ class SwinUNETR(nn.Module):
 
 
 class SwinEncoder(nn.Module):
-    """The transformer, and a residual block on the image and on each hidden state but the last but one, as published."""
+    """The transformer, and a residual block on the image and on each hidden state but the last but one."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.transformer = network.swinViT
         self.on_image = network.encoder1
-        self.on_states = nn.ModuleList([network.encoder2, network.encoder3, network.encoder4, nn.Identity(), network.encoder10])
+        self.on_states = nn.ModuleList(
+            [network.encoder2, network.encoder3, network.encoder4, nn.Identity(), network.encoder10]
+        )
 
     @property
     def stages(self) -> list[nn.Module]:
-        """The patch embedding and the transformer's stages; the outputs of these are its tokens, from half resolution to
-        a 32nd of it."""
+        """The patch embedding, whose tokens are at half resolution, and the transformer's stages."""
         swin = self.transformer
         return [swin.patch_embed, *(layers[0] for layers in (swin.layers1, swin.layers2, swin.layers3, swin.layers4))]
 
@@ -130,6 +130,7 @@ def _of_monai(**arguments) -> nn.Module:
         from monai.networks.nets import SwinUNETR as OfMonai
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f'SwinUNETR needs {error.name}, which is not installed: pip install "nnunetv2-selfreg[swin]"', name=error.name
+            f'SwinUNETR needs {error.name}, which is not installed: pip install "nnunetv2-selfreg[swin]"',
+            name=error.name,
         ) from error
     return OfMonai(**arguments)

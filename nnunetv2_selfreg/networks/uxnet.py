@@ -1,9 +1,9 @@
 """3D UX-Net as nnU-Net would plan it: any strides, two or three dimensions, nnU-Net's decoder interface.
 
 Source: Lee et al., "3D UX-Net: A Large Kernel Volumetric ConvNet Modernizing Hierarchical Transformer for Medical Image
-Segmentation", ICLR 2023. With four isotropic halvings and the default widths this is the released network: trunk 1.31 M,
-whole 53.0 M parameters. Ours are the strides and kernels of a plan, two dimensions, affine instance norms and the
-heads of deep supervision.
+Segmentation", ICLR 2023. With four isotropic halvings and the default widths this is the released network: trunk
+1.31 M, whole 53.0 M parameters. Ours are the strides and kernels of a plan, two dimensions, affine instance norms and
+the heads of deep supervision.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from dynamic_network_architectures.building_blocks.helper import convert_dim_to_conv_op, get_matching_instancenorm
 from dynamic_network_architectures.building_blocks.regularization import DropPath
@@ -112,7 +113,7 @@ class UXNetEncoder(nn.Module):
         widths = [width * min(2**stage, 8) for stage in range(len(strides) - 1)]
         self.output_channels = [*widths, deepest]
 
-        depths = torch.linspace(0, drop_path, BLOCKS_PER_STAGE * len(widths)).split(BLOCKS_PER_STAGE)
+        probabilities = np.linspace(0, drop_path, BLOCKS_PER_STAGE * len(widths)).reshape(-1, BLOCKS_PER_STAGE)
         large_kernels = [tuple(LARGE_KERNEL if k > 1 else 1 for k in kernel) for kernel in self.kernel_sizes]
         downsampling = [
             stem(self.conv_op, input_channels, width, large_kernels[1], self.strides[1]),
@@ -122,11 +123,9 @@ class UXNetEncoder(nn.Module):
             ),
         ]
         trunk = (
-            nn.Sequential(
-                down, *(UXBlock(self.conv_op, channels, kernel, float(p), layer_scale) for p in probabilities)
-            )
-            for down, channels, kernel, probabilities in zip(
-                downsampling, widths, large_kernels[1:], depths, strict=True
+            nn.Sequential(down, *(UXBlock(self.conv_op, channels, kernel, float(p), layer_scale) for p in of_stage))
+            for down, channels, kernel, of_stage in zip(
+                downsampling, widths, large_kernels[1:], probabilities, strict=True
             )
         )
         self.stages = nn.ModuleList([self._residual_block(input_channels, 0), *trunk])
@@ -189,8 +188,8 @@ def stem(
 def _check(strides: Sequence[Sequence[int]], kernel_sizes: Sequence[Sequence[int]]) -> None:
     if len(strides) < FEWEST_STAGES:
         raise NotImplementedError(
-            f"UX-Net needs {FEWEST_STAGES} resolution stages at least, the plan has {len(strides)}. Use a configuration "
-            "with more, or plan for a larger patch."
+            f"UX-Net needs {FEWEST_STAGES} resolution stages at least, the plan has {len(strides)}. Use a "
+            "configuration with more, or plan for a larger patch."
         )
     if any(axis != 1 for axis in strides[0]):
         raise ValueError(f"the first resolution stage has the stride {list(strides[0])}, UX-Net needs 1 on every axis")

@@ -1,4 +1,4 @@
-"""Trainers about an architecture: another network in the place of the planned one, with the plan's patch and strides."""
+"""Trainers about an architecture: another network in the place of the planned one."""
 
 from __future__ import annotations
 
@@ -52,8 +52,7 @@ class Backbone(WarmUpAdamW):
                 configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
             )
         except (ValueError, NotImplementedError) as error:
-            where = f"{cls.__name__}, configuration {configuration_manager.configuration_name} of {plans_manager.plans_name}"
-            raise type(error)(f"{where}: {error}") from error
+            raise type(error)(f"{cls.__name__} with {plans_manager.plans_name}: {error}") from error
 
 
 class UXNetBackbone(Backbone):
@@ -115,8 +114,9 @@ class KMaxUXNetBackbone(UXNetBackbone):
     def initialize(self) -> None:
         if self.label_manager.has_regions:
             raise NotImplementedError(
-                f"{type(self).__name__} gives each voxel to one class, and {self.plans_manager.dataset_name} has regions, "
-                "which overlap. Train them with nnUNetTrainerUXNet, or write labels without regions into dataset.json."
+                f"{type(self).__name__} gives each voxel to one class, and {self.plans_manager.dataset_name} has "
+                "regions, which overlap. Train them with nnUNetTrainerUXNet, or put labels without regions into "
+                "dataset.json."
             )
         if not self.enable_deep_supervision:
             raise NotImplementedError(f"{type(self).__name__} trains its queries with deep supervision only")
@@ -140,7 +140,7 @@ class SwinUNETRBackbone(Backbone):
 
     @classmethod
     def network_of_plan(
-        cls, configuration: ConfigurationManager, input_channels: int, num_classes: int, deep_supervision: bool
+        cls, configuration: ConfigurationManager, input_channels: int, num_classes: int, _deep_supervision: bool
     ) -> nn.Module:
         return SwinUNETR(
             input_channels,
@@ -163,10 +163,11 @@ def check_patch(patch_size: list[int], strides: list[list[int]]) -> None:
     sizes = np.asarray(patch_size)
     if (sizes % total).any():
         raise ValueError(
-            f"the patch size {sizes.tolist()} is not divisible by the product of the strides, {total.tolist()}. Plan anew, "
-            "or correct patch_size in the plans file."
+            f"the patch size {sizes.tolist()} is not divisible by the product of the strides, {total.tolist()}. Plan "
+            "anew, or correct patch_size in the plans file."
         )
     if (sizes == total).all():
         raise ValueError(
-            f"the patch size {sizes.tolist()} leaves a single voxel in the bottleneck. Take a larger patch or fewer stages."
+            f"the patch size {sizes.tolist()} leaves a single voxel in the bottleneck. Take a larger patch or fewer "
+            "stages."
         )

@@ -187,7 +187,7 @@ def test_loss_averages_over_blocks_as_the_released_program(u_net_features, monke
     monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n))
     encoder, decoder, final = u_net_features
     loss = SelfRegularizedLoss(lambda *_: torch.tensor(2.0), FixedTaps(encoder, decoder, final), 0.1, 0.01)
-    total = loss(None, None)
+    total = loss(final, None)
 
     def scr(f):
         return numpy_scr(f.numpy(), final.numpy(), np.arange(4), np.arange(4))
@@ -213,7 +213,7 @@ def test_loss_in_evaluation_is_the_segmentation_loss(u_net_features):
 
 def test_term_without_weight_is_not_computed(u_net_features):
     loss = SelfRegularizedLoss(lambda *_: torch.tensor(2.0), FixedTaps(*u_net_features), 0, 0.1)
-    loss(None, None)
+    loss(u_net_features[-1], None)
     assert set(loss.terms) == {"segmentation", "ifd"}
 
 
@@ -221,7 +221,26 @@ def test_blocks_of_a_single_channel_do_not_count_in_ifd(u_net_features):
     encoder, decoder, final = u_net_features
     with_single = [*encoder, random((2, 1, 2, 4, 4), 9)]
     losses = [SelfRegularizedLoss(no_loss, FixedTaps(e, decoder, final), 0, 1) for e in (encoder, with_single)]
-    assert losses[0](None, None) == losses[1](None, None)
+    assert losses[0](final, None) == losses[1](final, None)
+
+
+def test_what_sees_padding_alone_does_not_count(monkeypatch):
+    """An image of 10 x 16 in a network of 16 x 16: of 4 x 4 places three rows see it, of 2 x 2 both."""
+    monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n))
+    encoder, decoder, final = (
+        [random((2, 6, 4, 4)), random((2, 6, 2, 2), 1)],
+        [random((2, 6, 4, 4), 2)],
+        random((2, 6, 16, 16), 3),
+    )
+    loss = SelfRegularizedLoss(no_loss, FixedTaps(encoder, decoder, final), 1, 1)
+    loss(final[:, :, :10], None)
+    image = [encoder[0][:, :, :3], encoder[1], decoder[0][:, :, :3]]
+    finals = [final[:, :, :12], final, final[:, :, :12]]
+    channels = np.arange(6), np.arange(6)
+    expected = [numpy_scr(f.numpy(), g.numpy(), *channels) for f, g in zip(image, finals, strict=True)]
+    assert float(loss.terms["scr"]) == pytest.approx(np.mean(expected), abs=1e-5)
+    ifd = [numpy_ifd(f.numpy(), numpy_ranking(f.numpy())) for f in image]
+    assert float(loss.terms["ifd"]) == pytest.approx(np.mean(ifd[:2]) + ifd[2], abs=1e-5)
 
 
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import step_time
@@ -53,6 +54,7 @@ def test_half_of_the_samples_lose_their_labels_for_a_semi_supervised_trainer(dee
         pass
 
     trainer = object.__new__(Trainer)
+    trainer.enable_deep_supervision = deep_supervision
     mine = step_time.batch_for(trainer, batch)
     assert mine["counted"] == 3
     assert mine["keys"] == list("abcde")
@@ -60,8 +62,13 @@ def test_half_of_the_samples_lose_their_labels_for_a_semi_supervised_trainer(dee
     assert mine["data_weak"].tolist() == [3, 4]
     target = mine["target"] if deep_supervision else [mine["target"]]
     assert [scale.flatten().tolist() for scale in target] == [[0, 1, 2], [10, 11, 12]][: len(target)]
-    assert step_time.batch_for(object(), batch) is batch
-    trainer = object.__new__(CopyPasteTrainer)  # its network sees 3 labelled samples and one unlabelled one twice
+    stock = SimpleNamespace(enable_deep_supervision=deep_supervision)
+    assert step_time.batch_for(stock, batch) is batch
+    without = step_time.batch_for(SimpleNamespace(enable_deep_supervision=False), batch)
+    assert without["target"] is scales[0]
+    trainer = object.__new__(CopyPasteTrainer)
+    trainer.enable_deep_supervision = deep_supervision
+    # its network sees 3 labelled samples and one unlabelled one twice
     mine = step_time.batch_for(trainer, batch)
     assert mine["data"].tolist() == [0, 1, 2, 3]
     assert mine["data_weak"].tolist() == [3]

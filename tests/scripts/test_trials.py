@@ -67,6 +67,19 @@ DEFAULTS = {
     "largest_component": False,
 }
 
+NETWORKS = {
+    "UXNetNarrow": ("AdamW", 5e-4),
+    "UXNetNarrowSGD": ("SGD", 1e-2),
+    "UXNetNarrowSlow": ("AdamW", 1e-4),
+    "UXNetNarrowFast": ("AdamW", 2e-3),
+    "SelfRegUXNetNarrow": ("AdamW", 5e-4),
+    "KMaxUXNetNarrow": ("AdamW", 5e-4),
+    "KMaxUXNetNarrowSGD": ("SGD", 1e-2),
+    "SwinUNETRNarrow": ("AdamW", 5e-4),
+    "SwinUNETRNarrowSGD": ("SGD", 1e-2),
+    "SelfRegSwinUNETRNarrow": ("AdamW", 5e-4),
+}
+
 
 @pytest.fixture
 def started(data_sets, tmp_path, monkeypatch):
@@ -212,6 +225,19 @@ def test_labels_of_the_network_itself_or_of_its_average(started):
         labels[variant] = trainer.pseudo_labels(batch["data_weak"], batch["target"])[0]
         assert not torch.equal(*outputs)
         assert torch.equal(labels[variant], outputs[variant == "OwnLabels"].to(labels[variant].dtype))
+
+
+@pytest.mark.parametrize("variant", NETWORKS)
+def test_variant_of_the_networks(variant, started):
+    trainer = started(f"nnUNetTrainer{variant}")
+    assert (type(trainer.optimizer).__name__, trainer.initial_lr) == NETWORKS[variant]
+    full_resolution = next(part for part in reversed(trainer.network.decoder.seg_layers))
+    channels = next(full_resolution.parameters()).shape[1]
+    assert channels == (12 if "Swin" in variant else 16)
+    before = [parameter.detach().clone() for parameter in trainer.network.parameters()]
+    assert np.isfinite(trainer.train_step(next(trainer.dataloader_train))["loss"])
+    changed = [not torch.equal(a, b) for a, b in zip(before, trainer.network.parameters(), strict=True)]
+    assert np.mean(changed) > 0.9
 
 
 def test_stock_with_three_times_the_samples(started):

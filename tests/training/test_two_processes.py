@@ -98,13 +98,17 @@ TERMS = {
     "nnUNetTrainerSelfRegCopyPaste": {"segmentation", "scr", "ifd", "labeled_part", "unlabeled_part", "student_dice"},
     "nnUNetTrainerDualTask": {"segmentation", "distance", "consistency"},
     "nnUNetTrainerSelfRegDualTaskMutual": {"segmentation", "scr", "ifd", "distance_dice", "consistency"},
+    "nnUNetTrainerTinySelfRegUXNet": {"segmentation", "scr", "ifd"},
+    "nnUNetTrainerTinySelfRegSwinUNETR": {"segmentation", "scr", "ifd"},
+    "nnUNetTrainerTinyKMaxUXNet": {"segmentation", "convolutional", "query_distribution"},
 }
 
 
 @pytest.fixture(scope="module", params=TERMS)
 def ranks(request, data_sets):
     trainer = f"{request.param}_{EPOCHS}epochs_{ITERATIONS}iters"
-    run = Run(data_sets.name("regions_ignore"), "3d_fullres", trainer)
+    labels = "ignore" if "KMax" in request.param else "regions_ignore"  # clusters are no regions
+    run = Run(data_sets.name(labels), "3d_fullres", trainer)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("nnUNet_results", folder)
         in_two_processes(train, folder, run)

@@ -1,0 +1,217 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from network_memory import peak_memory
+
+from nnunetv2_selfreg.losses.kmax import KMaxLoss
+from nnunetv2_selfreg.networks.kmax import (
+    KMaskDecoder,
+    KMaxLayer,
+    KMaxUXNet,
+    cluster_means,
+    hard_assignment,
+    log_query_distribution,
+    merged,
+    query_groups,
+)
+from nnunetv2_selfreg.networks.uxnet import UXNet
+
+STRIDES, KERNELS = [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]], [[3, 3, 3]] * 4
+
+
+def small(**arguments):
+    torch.manual_seed(0)
+    arguments = {"width": 4, "deepest": 16, "layer_scale": 1.0, "queries": 24, **arguments}
+    return KMaxUXNet(1, 3, STRIDES, KERNELS, **arguments)
+
+
+def image(batch=2):
+    return torch.randn(batch, 1, 16, 24, 16, generator=torch.Generator().manual_seed(1))
+
+
+class SquareLoss(torch.nn.Module):
+    """Stands for nnU-Net's loss with deep supervision, where only gradients matter."""
+
+    def loss(self, output, _target):
+        return (output**2).mean()
+
+    def forward(self, outputs, _target):
+        return sum(self.loss(output, None) for output in outputs)
+
+
+def loss_of(network, images):
+    target = [torch.arange(16)[:, None, None].expand(len(images), 1, 16, 24, 16) % 3]
+    return KMaxLoss(SquareLoss())(network(images), target)
+
+
+def test_query_distribution_sums_to_one_over_the_queries():
+    logits = 50 * torch.randn(2, 24, 3, 4, 5)
+    torch.testing.assert_close(log_query_distribution(logits).exp().sum(1), torch.ones(2, 3, 4, 5))
+
+
+def test_merged_assignment_sums_each_group():
+    distribution = torch.softmax(torch.randn(2, 7, 3, 4), 1)
+    result = merged(distribution.log(), [1, 2, 4]).exp()
+    expected = np.add.reduceat(distribution.numpy(), [0, 1, 3], axis=1)
+    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-5)
+
+
+def test_segmentation_is_the_distribution_times_the_class_scores():
+    torch.manual_seed(0)
+    decoder = KMaskDecoder(torch.nn.Conv2d, [8, 4], 4, 3, 16)
+    features = [torch.randn(1, 8, 2, 3), torch.randn(1, 4, 4, 6)]
+    seen = {}
+    decoder.masks.register_forward_hook(lambda _m, _i, output: seen.update(masks=output))
+    decoder.class_scores.register_forward_hook(lambda _m, _i, output: seen.update(scores=output))
+    segmentation, *log_assignments = decoder(*features)
+    q = torch.softmax(seen["masks"], 1)
+    expected = sum(q[:, n, None] * seen["scores"][:, n, :, None, None] for n in range(16))
+    torch.testing.assert_close(segmentation, expected)
+    torch.testing.assert_close(log_assignments[-1].exp()[:, 0], q[:, :2].sum(1))
+    assert [tuple(a.shape[2:]) for a in log_assignments] == [(2, 3)] * 2 + [(4, 6)] * 3
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 3))
+def test_cluster_means_and_assignment_against_loops(seed, queries, batch):
+    generator = torch.Generator().manual_seed(seed)
+    logits, values = (torch.randn(batch, n, 3, 2, generator=generator) for n in (queries, 4))
+    result = cluster_means(values, hard_assignment(logits))
+    expected = np.zeros((batch, queries, 4))
+    for b in range(batch):
+        belongs = logits[b].flatten(1).numpy().argmax(0)
+        for n in set(belongs):
+            expected[b, n] = values[b].flatten(1).numpy()[:, belongs == n].mean(1)
+    np.testing.assert_allclose(result.numpy(), expected, atol=1e-5)
+
+
+def test_large_clusters_are_counted_in_half_precision():
+    values = torch.ones(1, 2, 70000, dtype=torch.float16)
+    assignment = torch.ones(1, 1, 70000, dtype=torch.float16)
+    torch.testing.assert_close(cluster_means(values, assignment), torch.ones(1, 1, 2))
+
+
+def test_hard_assignment_gets_no_gradient():
+    """A layer's mask logits have no influence on its queries that a gradient could follow."""
+    layer = KMaxLayer(torch.nn.Conv3d, 4)
+    queries, feature = torch.randn(1, 8, 256, requires_grad=True), torch.randn(1, 4, 2, 3, 4, requires_grad=True)
+    moved, mask_logits = layer(queries, feature)
+    moved.sum().backward(retain_graph=True)
+    assert all(p.grad is None for p in layer.masks.parameters())
+    assert layer.value.weight.grad.abs().sum() > 0
+    mask_logits.sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in layer.masks.parameters() if p.ndim > 1)
+    logits = torch.randn(1, 8, 5, requires_grad=True)
+    assert not hard_assignment(logits).requires_grad
+
+
+def test_permuting_queries_within_groups_changes_nothing():
+    network = small()
+    expected = network(image())
+    sizes = network.decoder.mask_decoder.groups
+    order = torch.cat([torch.randperm(n) + sum(sizes[:i]) for i, n in enumerate(sizes)])
+    assert not torch.equal(order, torch.arange(24))
+    with torch.no_grad():
+        queries = network.decoder.mask_decoder.queries
+        queries.copy_(queries[order])
+    torch.testing.assert_close(network(image()), expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        queries.copy_(queries.flip(0))  # across groups
+    assert not torch.allclose(network(image()).log_assignments[-1], expected.log_assignments[-1], atol=1e-3)
+
+
+def test_layers_read_the_bottleneck_and_the_two_deepest_decoder_levels():
+    network = KMaxUXNet(1, 2, [[1, 1], *[[2, 2]] * 4], [[3, 3]] * 5, width=4, deepest=16, queries=16)
+    output = network(torch.randn(1, 1, 32, 64))
+    sizes = [tuple(a.shape[2:]) for a in output.log_assignments]
+    assert sizes == [(2, 4)] * 2 + [(4, 8)] * 2 + [(8, 16)] * 2 + [(16, 32)]
+    assert [tuple(c.shape[2:]) for c in output.convolutional] == [(32, 64), (16, 32), (8, 16), (4, 8)]
+    assert output.segmentation.shape == (1, 2, 32, 64)
+
+
+def test_without_deep_supervision_the_segmentation_stays_and_the_last_stage_is_not_computed():
+    network = small().eval()
+    expected = network(image()).segmentation
+    computed = []
+    network.decoder.stages[-1].register_forward_hook(lambda *_: computed.append(1))
+    network.decoder.deep_supervision = False
+    torch.testing.assert_close(network(image()), expected)
+    assert not computed
+
+
+def test_every_parameter_learns_with_a_single_sample():
+    network = small()
+    loss_of(network, image(1)).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
+    # Keys of the self-attention learn nothing from a bias that all share.
+    silent = [n for n, p in network.named_parameters() if p.grad.abs().sum() == 0 and not n.endswith("key.bias")]
+    assert not silent
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_200_steps_in_half_precision_stay_finite(dtype):
+    torch.manual_seed(0)
+    network = KMaxUXNet(1, 3, [[1, 1], [2, 2], [2, 2]], [[3, 3]] * 3, width=4, deepest=16, queries=24)
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
+    images = image(1)[:, :, 0]
+    target = [(torch.arange(24) // 9)[:, None].expand(1, 1, 24, 16)]
+    cross_entropy = torch.nn.CrossEntropyLoss()
+
+    class Loss(SquareLoss):
+        def loss(self, output, _target):
+            size = output.shape[2:]
+            labels = torch.nn.functional.interpolate(target[0].float(), size)[:, 0].long()
+            return cross_entropy(output.float(), labels)
+
+    losses = []
+    loss = KMaxLoss(Loss())
+    for _ in range(200):
+        with torch.autocast("cpu", dtype=dtype):
+            total = loss(network(images), target)
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
+        optimizer.step()
+        losses.append(float(total))
+    assert np.isfinite(losses).all()
+    assert all(torch.isfinite(p).all() for p in network.parameters())
+    assert losses[-1] < losses[0] / 2
+
+
+def test_memory_at_128_cubed_stays_under_1_6_times_ux_nets():
+    strides, kernels = [[1] * 3, *[[2] * 3] * 4], [[3] * 3] * 5
+    ux_net, kmax = (
+        peak_memory(lambda cls=cls: cls(1, 3, strides, kernels), [128] * 3, 1) for cls in (UXNet, KMaxUXNet)
+    )
+    assert ux_net < kmax < 1.6 * ux_net
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    found = []
+    for on in (False, True):
+        network = small(activation_checkpointing=on)
+        loss_of(network, image()).backward()
+        found.append([p.grad for p in network.parameters()])
+    torch.testing.assert_close(*found)
+
+
+@given(st.integers(2, 40), st.integers(16, 300))
+def test_groups_share_the_queries(classes, queries):
+    if queries // 8 + classes - 1 > queries:
+        with pytest.raises(ValueError, match=f"{queries} queries are too few for {classes} classes"):
+            query_groups(queries, classes)
+        return
+    groups = query_groups(queries, classes)
+    assert sum(groups) == queries
+    assert len(groups) == classes
+    assert groups[0] == queries // 8
+    assert len({*groups[1:-1]}) <= 1
+    assert groups[-1] >= groups[1] >= 1
+
+
+@pytest.mark.parametrize(("queries", "classes"), [(7, 2), (16, 20), (3, 4)])
+def test_group_without_a_query_is_an_error(queries, classes):
+    with pytest.raises(ValueError, match=rf"{queries} queries are too few for {classes} classes.*attribute `queries`"):
+        KMaxUXNet(1, classes, STRIDES, KERNELS, width=4, deepest=16, queries=queries)
