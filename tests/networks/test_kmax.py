@@ -150,8 +150,7 @@ def test_every_parameter_learns_with_a_single_sample():
     assert not silent
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_200_steps_in_half_precision_stay_finite(dtype):
+def test_200_steps_in_half_precision_stay_finite():
     torch.manual_seed(0)
     network = KMaxUXNet(1, 3, [[1, 1], [2, 2], [2, 2]], [[3, 3]] * 3, width=4, deepest=16, queries=24)
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
@@ -168,7 +167,7 @@ def test_200_steps_in_half_precision_stay_finite(dtype):
     losses = []
     loss = KMaxLoss(Loss())
     for _ in range(200):
-        with torch.autocast("cpu", dtype=dtype):
+        with torch.autocast("cpu", dtype=torch.float16):
             total = loss(network(images), target)
         optimizer.zero_grad()
         total.backward()
