@@ -77,6 +77,19 @@ COPY_PASTE_TRIALS = {
     f"{COPY_PASTE}OneView": "the teacher reads the strong view, as published",
     f"{COPY_PASTE}WeakViews": "unlabelled parts of weak views",
 }
+NETWORKS = {
+    STOCK: "stock nnU-Net",
+    "nnUNetTrainerUXNetNarrow": "UX-Net: AdamW, 5e-4 (the default)",
+    "nnUNetTrainerUXNetNarrowFast": "UX-Net: AdamW, 2e-3",
+    "nnUNetTrainerUXNetNarrowSlow": "UX-Net: AdamW, 1e-4, as published",
+    "nnUNetTrainerUXNetNarrowSGD": "UX-Net: nnU-Net's SGD, 1e-2",
+    "nnUNetTrainerSelfRegUXNetNarrow": "UX-Net with SelfReg",
+    "nnUNetTrainerKMaxUXNetNarrow": "k-means UX-Net: AdamW, 5e-4 (the default)",
+    "nnUNetTrainerKMaxUXNetNarrowSGD": "k-means UX-Net: nnU-Net's SGD, 1e-2",
+    "nnUNetTrainerSwinUNETRNarrow": "SwinUNETR: AdamW, 5e-4 (the default)",
+    "nnUNetTrainerSwinUNETRNarrowSGD": "SwinUNETR: nnU-Net's SGD, 1e-2",
+    "nnUNetTrainerSelfRegSwinUNETRNarrow": "SwinUNETR with SelfReg",
+}
 COPY_PASTE_PAIR = COPY_PASTE, "nnUNetTrainerTriple"
 TRIALS = {  # all of them, since they are no rows of results.md
     name
@@ -172,6 +185,13 @@ def of_trials(name: str, titles: dict[str, str], pair: tuple[str, str] | None = 
     return "\n".join(lines)
 
 
+def of_costs(name: str, titles: dict[str, str]) -> str:
+    """The report's table of costs, for these trainers."""
+    _, results = read_runs(DOCS / "results" / name)
+    table = cost_table([result for result in results if result["trainer"] in titles])
+    return "\n".join(line for line in table if line.startswith("|"))
+
+
 def measured() -> str:
     """The Dice of the trainers that were run several times."""
     lines = table_head("", "stock nnU-Net", *(f"`{trainer}`" for trainer in MEASURED_TRAINERS[1:]))
@@ -204,6 +224,10 @@ PAGES = {
     "copy-paste.md": {
         "trials on the left atrium": partial(of_trials, "left-atrium-8-cpu", COPY_PASTE_TRIALS, COPY_PASTE_PAIR),
         "trials": partial(of_trials, "hippocampus-2d-20-cpu", COPY_PASTE_TRIALS, COPY_PASTE_PAIR),
+    },
+    "networks.md": {
+        "trials": partial(of_trials, "hippocampus-cpu", NETWORKS),
+        "costs": partial(of_costs, "hippocampus-cpu", NETWORKS),
     },
     "../README.md": {"measured": measured},
 }

@@ -4,7 +4,7 @@
 #     scripts/gpu_check.sh OUT
 #
 # in an environment with `pip install ".[dev]"`. On a phantom data set it measures steps in half precision and their
-# peak memory, not compiled for all trainers and compiled for five, at a 128^3 patch and at the left atrium's
+# peak memory, not compiled for all trainers and compiled for seven, at a 128^3 patch and at the left atrium's
 # 112x112x80, four samples a step (of semi-supervised trainers two of them unlabelled, of copy-paste one, which is mixed
 # both ways); a loss that is not finite fails. Where $nnUNet_raw has Dataset002_LeftAtrium, it then starts the published
 # left-atrium protocol. OUT gets the tables as JSON, a log for each stage and summary.txt; the status is 0 if nothing
@@ -22,8 +22,10 @@ PATCHES=${PATCHES:-128,128,128 80,112,112}
 ROUNDS=${ROUNDS:-8}
 SCALE=${SCALE:-published}
 OURS=$(timeout 60 nnUNetv2_selfreg trainers | grep -o '^nnUNetTrainer[^ ]*') || { echo "no trainers found" >&2; exit 2; }
-ALL="nnUNetTrainer $OURS"
-COMPILED="nnUNetTrainerSelfReg nnUNetTrainerMeanTeacher nnUNetTrainerDualTask nnUNetTrainerDualTaskMutual nnUNetTrainerCopyPaste"
+NETWORKS=$(grep -E 'UXNet|Swin' <<<"$OURS")
+OURS=$(grep -vE 'UXNet|Swin' <<<"$OURS")
+COMPILED="nnUNetTrainerSelfReg nnUNetTrainerMeanTeacher nnUNetTrainerDualTask nnUNetTrainerDualTaskMutual nnUNetTrainerCopyPaste
+nnUNetTrainerUXNet nnUNetTrainerKMaxUXNet"
 export nnUNet_raw=$OUT/nnUNet_raw nnUNet_preprocessed=$OUT/nnUNet_preprocessed nnUNet_results=$OUT/nnUNet_results
 
 stage() { # name, limit in seconds, command: what fails or takes too long is noted, and the next stage begins
@@ -39,7 +41,7 @@ stage() { # name, limit in seconds, command: what fails or takes too long is not
 }
 
 steps() { # compile t or f, patch, limit, trainers
-    local compile=$1 patch=$2 limit=$3 name=steps-${2//,/x}-$([ "$1" = t ] && echo "compiled-${@: -1}" || echo eager)
+    local compile=$1 patch=$2 limit=$3 name=steps-${2//,/x}-$([ "$1" = t ] && echo compiled || echo eager)-${@: -1}
     shift 3
     nnUNet_compile=$compile stage "$name" "$limit" python step_time.py 997 "3d_${patch//,/x}" -f 5 -device "$DEVICE" \
         -b 4 --rounds "$ROUNDS" --without-loading -o "$OUT/$name.json" -tr "$@"
@@ -51,7 +53,7 @@ stage machine 10 bash -c 'nvidia-smi; nproc; python --version; pip list 2>/dev/n
 # shellcheck disable=SC2086 # lists of words
 {
     stage data 90 python gpu_check_data.py $PATCHES
-    for patch in $PATCHES; do steps f "$patch" 70 $ALL; done
+    for patch in $PATCHES; do steps f "$patch" 70 nnUNetTrainer $OURS; steps f "$patch" 70 nnUNetTrainer $NETWORKS; done
     # one at a time, beside stock: compiling takes long, and a stage that is cut off leaves no numbers
     for trainer in $COMPILED; do for patch in $PATCHES; do steps t "$patch" 60 nnUNetTrainer "$trainer"; done; done
 }
