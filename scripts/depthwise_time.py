@@ -57,7 +57,8 @@ WAYS: dict[str, tuple[Callable[[Tensor, nn.Conv3d], Tensor], torch.memory_format
 
 def seconds_of(way: str, image: Tensor, conv: nn.Conv3d) -> float:
     function, memory_format = WAYS[way]
-    image = image.contiguous(memory_format=memory_format).requires_grad_()
+    image = image.detach().clone(memory_format=memory_format).requires_grad_()
+    conv.zero_grad()
     _wait(image)
     start = time.perf_counter()
     output = function(image, conv)
@@ -79,6 +80,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="after two that are not counted")
     parser.add_argument("-device", default="cuda", choices=["cpu", "cuda"])
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds must be at least 2, for quartiles")
     torch.set_flush_denormal(True)
     torch.backends.cudnn.benchmark = True  # as nnUNetv2_train does
     channels = arguments.channels

@@ -2,8 +2,8 @@
 
     python scripts/uxnet_time.py 4 3d_fullres -device cpu
 
-Both trainers take the same batches in turn; reported are medians and the quartiles of the ratio. The assembly is 3D
-UX-Net as its authors put it together: a trunk of large kernels, `UnetrBasicBlock` on its stages, `UnetrUpBlock` as
+Both trainers take the same batches in turn, neither compiled; reported are medians and the quartiles of the ratio. The
+assembly is 3D UX-Net as its authors put it together: a trunk of large kernels, `UnetrBasicBlock` on its stages, `UnetrUpBlock` as
 decoder, here with the plan's strides, and with the heads of deep supervision.
 """
 
@@ -137,9 +137,11 @@ def main() -> None:
     parser.add_argument("-tr", default="nnUNetTrainerUXNet", metavar="TRAINER", help="or a subclass of other widths")
     parser.add_argument("--rounds", type=int, default=15, help="after two that are not counted")
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds must be at least 2, for quartiles")
     torch.set_flush_denormal(True)
     torch.backends.cudnn.benchmark = True
-    os.environ["nnUNet_n_proc_DA"] = "0"
+    os.environ.update(nnUNet_n_proc_DA="0", nnUNet_compile="f")  # nnU-Net would compile one of the two
     with tempfile.TemporaryDirectory() as results:
         os.environ["nnUNet_results"] = results
         ours, assembled = build(arguments.tr, arguments), build(arguments.tr, arguments)

@@ -9,44 +9,48 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_selfreg.losses.selfreg import average_pool
+from nnunetv2_selfreg.losses.pooling import average_pool, pooled_to_each_shape
 
 if TYPE_CHECKING:
     from nnunetv2_selfreg.networks.kmax import KMaxOutput
 
 
-def query_distribution_loss(log_assignment: Tensor, labels: Tensor, ignore_label: int | None = None) -> Tensor:
+def query_distribution_loss(log_assignment: Tensor, shares: Tensor) -> Tensor:
     """Negative log-likelihood of the merged assignment, the mean over all voxels that have a label.
 
-        L_qd = - sum_{voxels} sum_k y_k log A_k / number of labelled voxels
+        L_qd = - sum_{voxels} sum_k y_k log A_k / sum_{voxels} sum_k y_k
 
-    At a coarser resolution `y_k` is the share of class k in the voxels that a coarse one covers, so that each label
-    counts (our decision, as is the mean: the released program sums, without an epsilon for the logarithm).
+    Ours: the mean (the released program sums, without an epsilon for the logarithm), and at coarser resolutions the
+    share `y_k` of class k in what a voxel covers, so that each label counts.
 
     Args:
         log_assignment: logarithm of the merged assignment, `(B, K, *spatial)`.
-        labels: label map at full resolution, `(B, 1, *spatial)`, of any dtype.
-        ignore_label: of voxels that do not count.
+        shares: `y`, see :func:`class_shares`, of the same shape.
 
     Returns:
         Scalar; 0 where no voxel has a label.
 
-    >>> query_distribution_loss(torch.tensor([[[0.5], [0.5]]]).log(), torch.tensor([[[1]]]))
+    >>> query_distribution_loss(torch.tensor([[[0.5], [0.5]]]).log(), torch.tensor([[[0.0], [1.0]]]))
     tensor(0.6931)
     """
-    shares = class_shares(labels, log_assignment.shape[2:], log_assignment.shape[1], ignore_label)
     shares = shares.to(log_assignment.dtype)
-    tiny = torch.finfo(shares.dtype).tiny
-    return -(shares * log_assignment).sum() / shares.sum().clamp_min(tiny)
+    return -(shares * log_assignment).sum() / shares.sum().clamp_min(torch.finfo(shares.dtype).tiny)
 
 
-def class_shares(labels: Tensor, shape: Sequence[int], num_classes: int, ignore_label: int | None = None) -> Tensor:
-    """Share of each class in what each voxel of a coarser `shape` covers of a label map, `(B, K, *shape)`.
+def class_shares(labels: Tensor, shape: Sequence[int], num_classes: int) -> Tensor:
+    """Share of each class in what each voxel of a coarser `shape` covers of a label map.
 
-    In single precision. Ignored voxels belong to no class, so shares may sum to less than 1.
+    Args:
+        labels: label map, `(B, 1, *spatial)`, of any dtype. Other labels than 0 to K - 1, as the ignore label, are no
+            class's, so shares may sum to less than 1.
+        shape: spatial shape of the result.
+        num_classes: K.
+
+    Returns:
+        `(B, K, *shape)` in single precision.
     """
-    one_hot = [(labels[:, 0] == label) & (label != ignore_label) for label in range(num_classes)]
-    return average_pool(torch.stack(one_hot, 1).float(), shape)
+    # One class after the other: all of them at full resolution may be a gigabyte.
+    return torch.cat([average_pool((labels == label).float(), shape) for label in range(num_classes)], 1)
 
 
 class KMaxLoss(nn.Module):
@@ -54,33 +58,46 @@ class KMaxLoss(nn.Module):
 
         L = L_seg(S) + L_seg(heads), with deep supervision, + query_weight * mean over layers of L_qd
 
+    In validation too, so its validation loss is not comparable with stock nnU-Net's. Ours: the mean over the layers, so
+    that the weight does not depend on their number (kMaX-DeepLab sums), and the weight.
+
     `terms` holds the detached scalars of the last call: `segmentation`, `convolutional`, `query_distribution`, without
     weights.
 
     Args:
         loss: nnU-Net's loss with deep supervision, whose `.loss` is that of a single scale.
-        query_weight: 0.1 by default, finite and not negative.
-        ignore_label: of voxels that do not count.
+        query_weight: finite and not negative.
 
     Raises:
         ValueError: impossible `query_weight`.
     """
 
-    def __init__(self, loss: nn.Module, query_weight: float = 0.1, ignore_label: int | None = None) -> None:
+    def __init__(self, loss: nn.Module, query_weight: float = 0.1) -> None:
         super().__init__()
         if not 0 <= query_weight < float("inf"):
             raise ValueError(f"query_weight is {query_weight}, it must be finite and not negative")
         self.loss = loss
         self.query_weight = query_weight
-        self.ignore_label = ignore_label
         self.terms: dict[str, Tensor] = {}
 
     def forward(self, output: KMaxOutput, target: Sequence[Tensor]) -> Tensor:
-        queries = [query_distribution_loss(a, target[0], self.ignore_label) for a in output.log_assignments]
+        """The loss, a scalar.
+
+        Args:
+            output: of the network.
+            target: label maps `(B, 1, *spatial)`, one for each convolutional head, from full to low resolution.
+        """
         terms = {
             "segmentation": self.loss.loss(output.segmentation, target[0]),
             "convolutional": self.loss(output.convolutional, target),
-            "query_distribution": torch.stack(queries).mean(),
+            "query_distribution": self._query_distribution(output.log_assignments, target[0]),
         }
         self.terms = {name: term.detach() for name, term in terms.items()}
         return terms["segmentation"] + terms["convolutional"] + self.query_weight * terms["query_distribution"]
+
+    @staticmethod
+    def _query_distribution(log_assignments: list[Tensor], labels: Tensor) -> Tensor:
+        *_, finest = log_assignments  # of the masks, at half resolution
+        shares = class_shares(labels, finest.shape[2:], finest.shape[1])
+        pooled = pooled_to_each_shape(shares, {tuple(a.shape[2:]) for a in log_assignments})
+        return torch.stack([query_distribution_loss(a, pooled[tuple(a.shape[2:])]) for a in log_assignments]).mean()

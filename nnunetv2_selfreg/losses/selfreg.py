@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunetv2_selfreg.losses.pooling import at_least_single, average_pool, pooled_to_each_shape
+
 if TYPE_CHECKING:
     from nnunetv2_selfreg.features import FeatureTaps
 
@@ -99,22 +101,6 @@ def check_order(order: str) -> None:
     """Raises ValueError if IFD knows no such order of channels."""
     if order not in ("activation", "index"):
         raise ValueError(f'the order of channels in IFD is {order!r}, it must be "activation" or "index"')
-
-
-def average_pool(feature: Tensor, shape: Sequence[int]) -> Tensor:
-    """Average-pools `(B, C, *spatial)`, 2D or 3D, to the spatial `shape`, evenly where that is possible.
-
-    What is pooled comes out in at least single precision.
-    """
-    if tuple(feature.shape[2:]) == tuple(shape):
-        return feature
-    if feature.device.type != "cuda":
-        feature = _at_least_single(feature)  # only CUDA pools half precision in 3D, and it sums in single precision
-    if not _divides(shape, feature.shape[2:]):
-        pool = F.adaptive_avg_pool2d if len(shape) == 2 else F.adaptive_avg_pool3d
-        return _at_least_single(pool(feature, tuple(shape)))
-    kernel = [have // want for have, want in zip(feature.shape[2:], shape, strict=True)]
-    return _at_least_single((F.avg_pool2d if len(shape) == 2 else F.avg_pool3d)(feature, kernel))
 
 
 def of_image(feature: Tensor, padded: Sequence[int], image: Sequence[int]) -> Tensor:
@@ -203,7 +189,7 @@ class SelfRegularizedLoss(nn.Module):
 
     def _scr(self, features: list[Tensor], final: Tensor, image: Sequence[int]) -> Tensor:
         padded = final.shape[2:]
-        pooled = _pooled_to_each_shape(final.detach(), {tuple(f.shape[2:]) for f in features})
+        pooled = pooled_to_each_shape(final.detach(), {tuple(f.shape[2:]) for f in features})
         pairs = ((of_image(g, padded, image) for g in (f, pooled[tuple(f.shape[2:])])) for f in features)
         return torch.stack([semantic_consistency(*pair) for pair in pairs]).mean()
 
@@ -213,30 +199,9 @@ class SelfRegularizedLoss(nn.Module):
         return torch.stack(terms).mean()
 
 
-def _pooled_to_each_shape(final: Tensor, shapes: set[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
-    """`final` pooled to each shape. An even average of even averages is the average, so where the division is even each
-    level pools the one above it: the full-resolution map is read once, not once for each block."""
-    pooled: dict[tuple[int, ...], Tensor] = {}
-    source = final
-    for shape in sorted(shapes, reverse=True):
-        pooled[shape] = average_pool(source if _divides(shape, source.shape[2:]) else final, shape)
-        if _divides(shape, final.shape[2:]):
-            source = pooled[shape]
-    return pooled
-
-
-def _divides(shape: Sequence[int], larger: Sequence[int]) -> bool:
-    return all(have % want == 0 for have, want in zip(larger, shape, strict=True))
-
-
 def _select(feature: Tensor, channels: Tensor) -> Tensor:
     """Channels of a feature map in at least single precision. Selecting first keeps the conversion small."""
-    return _at_least_single(feature.index_select(1, channels))
-
-
-def _at_least_single(feature: Tensor) -> Tensor:
-    """Half precision becomes single; double stays, so that gradients can be checked."""
-    return feature.to(torch.promote_types(feature.dtype, torch.float32))
+    return at_least_single(feature.index_select(1, channels))
 
 
 def _random_channels(feature: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:

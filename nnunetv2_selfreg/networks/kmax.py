@@ -67,7 +67,7 @@ class KMaxUXNet(UXNet):
 
 
 class KMaxDecoder(UNetResDecoder):
-    """UX-Net's decoder, whose feature maps below full resolution are clustered."""
+    """UX-Net's decoder, whose feature maps below full resolution are clustered. Arguments are those of the base."""
 
     def __init__(
         self,
@@ -78,13 +78,19 @@ class KMaxDecoder(UNetResDecoder):
         queries: int = QUERIES,
     ) -> None:
         super().__init__(encoder, num_classes, list(n_conv_per_stage), deep_supervision)
-        *_, half = below_full = encoder.output_channels[:0:-1]  # from the bottleneck up
-        self.mask_decoder = KMaskDecoder(encoder.conv_op, below_full[:LEVELS], half, num_classes, queries)
+        below_full = encoder.output_channels[:0:-1]  # from the bottleneck up
+        self.mask_decoder = MaskDecoder(encoder.conv_op, below_full[:LEVELS], below_full[-1], num_classes, queries)
 
     def forward(self, skips: list[Tensor]) -> Tensor | KMaxOutput:
+        """The segmentation, or with deep supervision all that the loss needs.
+
+        Args:
+            skips: of the encoder, from full resolution to the bottleneck.
+        """
         features = [skips[-1]]
-        stages = zip(self.transpconvs, self.stages, skips[-2::-1], strict=True)
-        for upsample, stage, skip in stages if self.deep_supervision else list(stages)[:-1]:
+        stages = list(zip(self.transpconvs, self.stages, skips[-2::-1], strict=True))
+        computed = stages if self.deep_supervision else stages[:-1]  # full resolution has a head of the loss alone
+        for upsample, stage, skip in computed:
             features.append(stage(torch.cat((upsample(features[-1]), skip), 1)))
         below_full = features[: len(self.stages)]
         segmentation, *log_assignments = self.mask_decoder(*below_full)
@@ -95,9 +101,10 @@ class KMaxDecoder(UNetResDecoder):
         return KMaxOutput(segmentation, [head(feature) for head, feature in heads][::-1], log_assignments)
 
 
-class KMaskDecoder(nn.Module):
+class MaskDecoder(nn.Module):
     """Updates the queries with the bottleneck and the two deepest decoder levels, two layers each, and reads the masks
-    off the feature map at half resolution: at full resolution 128 queries would take a gigabyte a sample.
+    off the feature map at half resolution: at full resolution 128 queries would take a gigabyte a sample. A network of
+    three stages has one decoder level below full resolution, which is all that is read then.
 
     Args:
         level_channels: of the feature maps that update the queries, from the bottleneck up.
@@ -125,7 +132,9 @@ class KMaskDecoder(nn.Module):
         )
         self.norm = ChannelNorm(pixel_channels)
         self.masks = MaskPredictor(conv_op, pixel_channels)
-        self.class_scores = nn.Sequential(nn.LayerNorm(QUERY_WIDTH), nn.Linear(QUERY_WIDTH, num_classes))
+        self.query_norm = nn.LayerNorm(QUERY_WIDTH)
+        # -pretrained_weights leaves out what has this name, since its shape depends on the number of classes.
+        self.seg_layers = nn.Linear(QUERY_WIDTH, num_classes)
 
     def forward(self, *features: Tensor) -> tuple[Tensor, ...]:
         """The segmentation at the resolution of the last feature map, then the logarithms of all merged assignments.
@@ -139,7 +148,7 @@ class KMaskDecoder(nn.Module):
             queries, mask_logits = layer(queries, features[number // LAYERS_PER_LEVEL])
             log_assignments.append(merged(log_query_distribution(mask_logits), self.groups))
         log_distribution = log_query_distribution(self.masks(queries, self.norm(features[-1])))
-        scores = self.class_scores(queries).to(log_distribution.dtype)
+        scores = self.seg_layers(self.query_norm(queries)).to(log_distribution.dtype)
         segmentation = torch.einsum("bn...,bnk->bk...", log_distribution.exp(), scores)
         return segmentation, *log_assignments, merged(log_distribution, self.groups)
 
@@ -148,8 +157,9 @@ class KMaxLayer(nn.Module):
     """k-means cross-attention, self-attention of the queries and a feed-forward block, each on a residual branch.
 
     The first is a step of k-means: each voxel belongs to the query with its largest mask logit, and each query moves by
-    a projection of its voxels' mean value. No gradient passes through the assignment, so the mask logits learn from
-    their own loss alone.
+    a projection of its voxels' mean value. (Of an empty cluster that is 0, so its query moves by what norm and
+    projection make of that, as in the original.) No gradient passes through the assignment, so the mask logits learn
+    from their own loss alone.
     """
 
     def __init__(self, conv_op: type[nn.Module], channels: int) -> None:
@@ -176,7 +186,8 @@ class KMaxLayer(nn.Module):
 
 
 class MaskPredictor(nn.Module):
-    """Mask logits: the L2-normalised key of each voxel times the key of each query."""
+    """Mask logits `(B, N, *spatial)`: the L2-normalised key of each voxel of a feature map `(B, C, *spatial)` times the
+    key of each query `(B, N, width)`."""
 
     def __init__(self, conv_op: type[nn.Module], channels: int) -> None:
         super().__init__()

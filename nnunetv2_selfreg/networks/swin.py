@@ -6,6 +6,7 @@ the plan. Ours is the padding. MONAI is an optional dependency, imported when a 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from nnunetv2_selfreg.networks.blocks import recompute
 
 MULTIPLE = 32
 """MONAI's network takes multiples of it along each axis."""
+INSTALL = 'pip install "nnunetv2-selfreg[swin]"'
 
 
 class SwinUNETR(nn.Module):
@@ -31,7 +33,7 @@ class SwinUNETR(nn.Module):
         activation_checkpointing: whether blocks compute their activations anew in the backward pass.
 
     Raises:
-        ModuleNotFoundError: MONAI is not installed.
+        ImportError: MONAI is not installed, or older than 1.5.
         ValueError: impossible `feature_size`.
     """
 
@@ -129,8 +131,8 @@ def _of_monai(**arguments) -> nn.Module:
         import einops  # noqa: F401 (MONAI imports it late, and says less)
         from monai.networks.nets import SwinUNETR as OfMonai
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'SwinUNETR needs {error.name}, which is not installed: pip install "nnunetv2-selfreg[swin]"',
-            name=error.name,
-        ) from error
+        message = f"SwinUNETR needs {error.name}, which is not installed: {INSTALL}"
+        raise ModuleNotFoundError(message, name=error.name) from error
+    if "img_size" in inspect.signature(OfMonai).parameters:  # which every network before 1.5 was fixed to
+        raise ImportError(f"SwinUNETR needs MONAI 1.5 or later: {INSTALL}")
     return OfMonai(**arguments)

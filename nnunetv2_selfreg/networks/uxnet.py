@@ -50,7 +50,7 @@ class UXNet(nn.Module):
 
     Raises:
         NotImplementedError: fewer than three stages.
-        ValueError: the first stage has a stride, or a kernel size is even.
+        ValueError: the first stage has a stride, a kernel size is even, or another argument is impossible.
     """
 
     def __init__(
@@ -68,7 +68,12 @@ class UXNet(nn.Module):
         decoder: Callable[..., UNetResDecoder] = UNetResDecoder,
     ) -> None:
         super().__init__()
-        _check(strides, kernel_sizes)
+        _check_plan(strides, kernel_sizes)
+        _check_sizes(width=width, deepest=deepest)
+        if not (0 <= drop_path < 1 and 0 <= layer_scale < float("inf")):
+            raise ValueError(
+                f"drop_path is {drop_path} and layer_scale {layer_scale}; they must be in [0, 1) and 0 at least"
+            )
         self.encoder = UXNetEncoder(input_channels, strides, kernel_sizes, width, deepest, drop_path, layer_scale)
         # The released network has a second block at full resolution.
         blocks = [1] * (len(strides) - 2) + [2]
@@ -165,6 +170,7 @@ class UXBlock(nn.Module):
     ) -> None:
         super().__init__()
         padding = tuple(k // 2 for k in kernel)
+        # Plain: of the ways that docs/networks.md compares none is faster inside the network.
         self.depthwise = conv_op(channels, channels, tuple(kernel), padding=padding, groups=channels)
         self.norm = ChannelNorm(channels)
         self.expand = conv_op(channels, EXPANSION * channels, 1, groups=channels)
@@ -173,6 +179,7 @@ class UXBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, feature: Tensor) -> Tensor:
+        # Layer scale, and so the trunk, stays in single precision under autocast: half precision has no normal 1e-6.
         hidden = F.gelu(self.expand(self.norm(self.depthwise(feature))))
         return feature + self.drop_path(self.layer_scale * self.project(hidden))
 
@@ -185,7 +192,13 @@ def stem(
     return nn.Sequential(conv_op(input_channels, width, tuple(kernel), tuple(stride), padding), ChannelNorm(width))
 
 
-def _check(strides: Sequence[Sequence[int]], kernel_sizes: Sequence[Sequence[int]]) -> None:
+def _check_sizes(**sizes: int) -> None:
+    wrong = {name: size for name, size in sizes.items() if size < 1}
+    if wrong:
+        raise ValueError(f"{', '.join(f'{name} is {size}' for name, size in wrong.items())}, it must be 1 at least")
+
+
+def _check_plan(strides: Sequence[Sequence[int]], kernel_sizes: Sequence[Sequence[int]]) -> None:
     if len(strides) < FEWEST_STAGES:
         raise NotImplementedError(
             f"UX-Net needs {FEWEST_STAGES} resolution stages at least, the plan has {len(strides)}. Use a "

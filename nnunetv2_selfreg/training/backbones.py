@@ -33,6 +33,12 @@ class Backbone(WarmUpAdamW):
     ) -> nn.Module:
         """The network.
 
+        Args:
+            configuration: of the plan: its patch size, strides and kernel sizes.
+            input_channels: of the image, and in a cascade of the previous stage.
+            num_classes: channels of its outputs.
+            deep_supervision: whether it has several.
+
         Raises:
             ValueError, NotImplementedError: the plan is none for it.
         """
@@ -52,7 +58,8 @@ class Backbone(WarmUpAdamW):
                 configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
             )
         except (ValueError, NotImplementedError) as error:
-            raise type(error)(f"{cls.__name__} with {plans_manager.plans_name}: {error}") from error
+            kind = ValueError if isinstance(error, ValueError) else NotImplementedError
+            raise kind(f"{cls.__name__} with {plans_manager.plans_name}: {error}") from error
 
 
 class UXNetBackbone(Backbone):
@@ -78,18 +85,19 @@ class UXNetBackbone(Backbone):
             configuration.pool_op_kernel_sizes,
             configuration.network_arch_init_kwargs["kernel_sizes"],
             deep_supervision,
-            width=cls.width,
-            deepest=cls.deepest,
-            drop_path=cls.drop_path,
-            layer_scale=cls.layer_scale,
-            activation_checkpointing=cls.activation_checkpointing,
-            **cls.further_arguments(),
+            **cls.network_arguments(),
         )
 
     @classmethod
-    def further_arguments(cls) -> dict:
-        """Of the network."""
-        return {}
+    def network_arguments(cls) -> dict:
+        """Those of the network that are attributes."""
+        return {
+            "width": cls.width,
+            "deepest": cls.deepest,
+            "drop_path": cls.drop_path,
+            "layer_scale": cls.layer_scale,
+            "activation_checkpointing": cls.activation_checkpointing,
+        }
 
 
 class KMaxUXNetBackbone(UXNetBackbone):
@@ -108,8 +116,8 @@ class KMaxUXNetBackbone(UXNetBackbone):
     network_class = KMaxUXNet
 
     @classmethod
-    def further_arguments(cls) -> dict:
-        return {"queries": cls.queries}
+    def network_arguments(cls) -> dict:
+        return {**super().network_arguments(), "queries": cls.queries}
 
     def initialize(self) -> None:
         if self.label_manager.has_regions:
@@ -123,10 +131,11 @@ class KMaxUXNetBackbone(UXNetBackbone):
         super().initialize()
 
     def _build_loss(self) -> nn.Module:
-        return KMaxLoss(super()._build_loss(), self.query_weight, self.label_manager.ignore_label)
+        self.kmax_loss = KMaxLoss(super()._build_loss(), self.query_weight)
+        return self.kmax_loss
 
     def loss_terms(self) -> dict[str, Tensor]:
-        return {**super().loss_terms(), **self.loss.terms}
+        return {**super().loss_terms(), **self.kmax_loss.terms}
 
 
 class SwinUNETRBackbone(Backbone):

@@ -19,9 +19,11 @@ class WarmUpAdamW(ReliableTraining):
     """
 
     learning_rate: float = 5e-4
+    """The largest; ours (published: 1e-4, constant for UX-Net and after a warm-up for SwinUNETR)."""
     adamw_weight_decay: float = 1e-2
+    """torch's default."""
     warm_up: float = 0.05
-    """Share of the epochs in which the learning rate grows."""
+    """Share of the epochs in which the learning rate grows, in whole epochs, so none of a training with 10 or fewer."""
 
     def configure_optimizers(self) -> tuple[Optimizer, WarmUpPolyLR]:
         self._require("learning_rate", 0 < self.learning_rate < math.inf, "finite and greater than 0")
@@ -29,7 +31,7 @@ class WarmUpAdamW(ReliableTraining):
         self._require("warm_up", 0 <= self.warm_up < 1, "in [0, 1)")
         self.initial_lr, self.weight_decay = self.learning_rate, self.adamw_weight_decay
         optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
-        warm_up = round(self.warm_up * self.num_epochs)
+        warm_up = min(round(self.warm_up * self.num_epochs), self.num_epochs - 1)
         return optimizer, WarmUpPolyLR(optimizer, self.initial_lr, self.num_epochs, warm_up)
 
 
@@ -40,7 +42,7 @@ class WarmUpPolyLR(PolyLRScheduler_offset):
     """
 
     def step(self, current_step: int | None = None) -> None:
-        epoch = self.ctr if current_step is None else current_step
+        epoch = self.ctr if current_step in (None, -1) else current_step
         super().step(current_step)  # constant until the warm-up's end
         if epoch < self.start_step:
             for group in self.optimizer.param_groups:

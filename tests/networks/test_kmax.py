@@ -4,12 +4,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from network_memory import peak_memory
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
 from nnunetv2_selfreg.losses.kmax import KMaxLoss
 from nnunetv2_selfreg.networks.kmax import (
-    KMaskDecoder,
     KMaxLayer,
     KMaxUXNet,
+    MaskDecoder,
     cluster_means,
     hard_assignment,
     log_query_distribution,
@@ -60,11 +61,11 @@ def test_merged_assignment_sums_each_group():
 
 def test_segmentation_is_the_distribution_times_the_class_scores():
     torch.manual_seed(0)
-    decoder = KMaskDecoder(torch.nn.Conv2d, [8, 4], 4, 3, 16)
+    decoder = MaskDecoder(torch.nn.Conv2d, [8, 4], 4, 3, 16)
     features = [torch.randn(1, 8, 2, 3), torch.randn(1, 4, 4, 6)]
     seen = {}
     decoder.masks.register_forward_hook(lambda _m, _i, output: seen.update(masks=output))
-    decoder.class_scores.register_forward_hook(lambda _m, _i, output: seen.update(scores=output))
+    decoder.seg_layers.register_forward_hook(lambda _m, _i, output: seen.update(scores=output))
     segmentation, *log_assignments = decoder(*features)
     q = torch.softmax(seen["masks"], 1)
     expected = sum(q[:, n, None] * seen["scores"][:, n, :, None, None] for n in range(16))
@@ -129,6 +130,22 @@ def test_layers_read_the_bottleneck_and_the_two_deepest_decoder_levels():
     assert sizes == [(2, 4)] * 2 + [(4, 8)] * 2 + [(8, 16)] * 2 + [(16, 32)]
     assert [tuple(c.shape[2:]) for c in output.convolutional] == [(32, 64), (16, 32), (8, 16), (4, 8)]
     assert output.segmentation.shape == (1, 2, 32, 64)
+
+
+def test_network_of_three_stages_reads_what_there_is():
+    network = KMaxUXNet(1, 2, [[1, 1], *[[2, 2]] * 2], [[3, 3]] * 3, width=4, deepest=16, queries=16)
+    sizes = [tuple(a.shape[2:]) for a in network(torch.randn(1, 1, 16, 32)).log_assignments]
+    assert sizes == [(4, 8)] * 2 + [(8, 16)] * 3
+
+
+def test_weights_of_a_training_with_other_classes_are_taken(tmp_path):
+    def build(classes):
+        return KMaxUXNet(1, classes, [[1, 1], *[[2, 2]] * 2], [[3, 3]] * 3, width=4, deepest=16, queries=16)
+
+    before, after = build(3), build(2)
+    torch.save({"network_weights": before.state_dict()}, tmp_path / "checkpoint.pth")
+    load_pretrained_weights(after, tmp_path / "checkpoint.pth")
+    assert torch.equal(after.decoder.mask_decoder.queries, before.decoder.mask_decoder.queries)
 
 
 def test_without_deep_supervision_the_segmentation_stays_and_the_last_stage_is_not_computed():

@@ -39,21 +39,20 @@ def test_table_of_ux_net_and_monais_assembly(data_sets, monkeypatch, tmp_path, c
     assert not os.path.exists(tmp_path / "untouched")
 
 
-def test_memory_is_that_of_weights_gradients_and_activations():
-    """Of a convolution without padding, by hand."""
+def test_memory_of_large_weights_is_theirs_and_their_gradients():
+    def build():
+        return nn.Sequential(nn.Conv2d(1, 1500, 1), nn.Conv2d(1500, 1500, 1, bias=False), nn.Conv2d(1500, 3, 1))
 
-    class Network(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(1, 3, 1, bias=False)
+    weights = 4 * (1500 * 1500 + 5 * 1500 + 3)
+    assert network_memory.peak_memory(build, [2, 2], 1) == pytest.approx(2 * weights, rel=0.01)
 
-        def forward(self, image):
-            return self.conv(image)
 
-    size, batch = 64, 2
-    image, output = (batch * channels * size**2 for channels in (1, 3))
-    peak = network_memory.peak_memory(Network, [size, size], batch)
-    # At least the image, the logits and their gradient; the loss holds a few more maps of their size.
-    assert 4 * (image + 2 * output) <= peak <= 4 * (image + 8 * output)
-    twice = network_memory.peak_memory(Network, [size, size], 2 * batch)
-    assert twice == pytest.approx(2 * peak, rel=0.01)
+def test_memory_of_large_feature_maps_is_what_the_backward_pass_needs():
+    """Each of thirteen convolutions keeps its input of 32 channels; two gradients at most are beside them."""
+
+    def build():
+        return nn.Sequential(nn.Conv2d(1, 32, 1), *(nn.Conv2d(32, 32, 1) for _ in range(12)), nn.Conv2d(32, 3, 1))
+
+    feature_map = 4 * 2 * 32 * 64**2
+    peak = network_memory.peak_memory(build, [64, 64], 2)
+    assert 13 * feature_map <= peak <= 15.5 * feature_map

@@ -1,21 +1,24 @@
 import pytest
-from contract import CELLS, FOUR_CELLS, TWO_CELLS, TrainerContract, TrainerMatrix
+from contract import CELLS, TWO_CELLS, TrainerContract, TrainerMatrix
 from workspace import Run
 
 
 class _Backbone(TrainerMatrix):
     network_is_stock = False
+    cascade_is_chosen = False
+    chosen = (("regions_ignore", "2d"),)
 
 
 class TestUXNet(_Backbone, TrainerContract):
     trainer = "nnUNetTrainerTinyUXNet"
-    chosen = FOUR_CELLS
+    chosen = TWO_CELLS
+    cascade_is_chosen = True
 
 
-class TestKMaxUXNet(_Backbone, TrainerContract):
+class TestKMaxUXNet(_Backbone):
     trainer = "nnUNetTrainerTinyKMaxUXNet"
     terms = ("segmentation", "convolutional", "query_distribution")
-    chosen = FOUR_CELLS
+    chosen = (("labels", "3d_fullres"), ("ignore", "2d"))
 
     @pytest.mark.parametrize(("variant", "configuration"), CELLS)
     def test_trains_resumes_validates_and_predicts(self, variant, configuration, cells, tmp_path, request):
@@ -29,16 +32,14 @@ class TestKMaxUXNet(_Backbone, TrainerContract):
 
 class TestSwinUNETR(_Backbone):
     trainer = "nnUNetTrainerTinySwinUNETR"
-    chosen = FOUR_CELLS
+    chosen = TWO_CELLS
 
 
 class TestSelfRegUXNet(_Backbone):
     trainer = "nnUNetTrainerTinySelfRegUXNet"
-    chosen = TWO_CELLS
     terms = ("segmentation", "scr", "ifd")
 
 
 class TestSelfRegSwinUNETR(_Backbone):
     trainer = "nnUNetTrainerTinySelfRegSwinUNETR"
-    chosen = TWO_CELLS
     terms = ("segmentation", "scr", "ifd")
