@@ -3,8 +3,8 @@
     python scripts/uxnet_time.py 4 3d_fullres -device cpu
 
 Both trainers take the same batches in turn, neither compiled; reported are medians and the quartiles of the ratio. The
-assembly is 3D UX-Net as its authors put it together: a trunk of large kernels, `UnetrBasicBlock` on its stages, `UnetrUpBlock` as
-decoder, here with the plan's strides, and with the heads of deep supervision.
+assembly is 3D UX-Net as its authors put it together: a trunk of large kernels, `UnetrBasicBlock` on its stages,
+`UnetrUpBlock` as decoder, here with the plan's strides, and with the heads of deep supervision.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 import pytest
-from contract import CELLS, TWO_CELLS, TrainerContract, TrainerMatrix
+from contract import CELLS, TrainerContract, TrainerMatrix
 from workspace import Run
 
 
@@ -11,14 +11,14 @@ class _Backbone(TrainerMatrix):
 
 class TestUXNet(_Backbone, TrainerContract):
     trainer = "nnUNetTrainerTinyUXNet"
-    chosen = TWO_CELLS
+    chosen = (("labels", "3d_fullres"),)
     cascade_is_chosen = True
 
 
 class TestKMaxUXNet(_Backbone):
     trainer = "nnUNetTrainerTinyKMaxUXNet"
     terms = ("segmentation", "convolutional", "query_distribution")
-    chosen = (("labels", "3d_fullres"), ("ignore", "2d"))
+    chosen = (("ignore", "3d_fullres"),)
 
     @pytest.mark.parametrize(("variant", "configuration"), CELLS)
     def test_trains_resumes_validates_and_predicts(self, variant, configuration, cells, tmp_path, request):
@@ -32,7 +32,6 @@ class TestKMaxUXNet(_Backbone):
 
 class TestSwinUNETR(_Backbone):
     trainer = "nnUNetTrainerTinySwinUNETR"
-    chosen = TWO_CELLS
 
 
 class TestSelfRegUXNet(_Backbone):

@@ -12,11 +12,12 @@ class _Mutual(_DualTask):
 
 class TestDualTask(_DualTask, TrainerContract):
     trainer = "nnUNetTrainerDualTask"
+    chosen = FOUR_CELLS
 
 
 class TestDualTaskMutual(_Mutual):
     trainer = "nnUNetTrainerDualTaskMutual"
-    chosen = FOUR_CELLS
+    chosen = TWO_CELLS
 
 
 class TestSelfRegDualTask(_DualTask):

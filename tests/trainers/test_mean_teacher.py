@@ -8,11 +8,12 @@ class _MeanTeacher(TrainerMatrix):
 
 class TestMeanTeacher(_MeanTeacher, TrainerContract):
     trainer = "nnUNetTrainerMeanTeacher"
+    chosen = FOUR_CELLS
 
 
 class TestUAMeanTeacher(_MeanTeacher):
     trainer = "nnUNetTrainerUAMeanTeacher"
-    chosen = FOUR_CELLS
+    chosen = TWO_CELLS
     terms = (*_MeanTeacher.terms, "kept_voxels")
 
 

