@@ -107,7 +107,8 @@ TERMS = {
 def ranks(request, data_sets):
     trainer = f"{request.param}_{EPOCHS}epochs_{ITERATIONS}iters"
     labels = "ignore" if "KMax" in request.param else "regions_ignore"  # clusters are no regions
-    run = Run(data_sets.name(labels), "3d_fullres", trainer)
+    configuration = "2d" if "Swin" in request.param else "3d_fullres"  # where its padding takes long
+    run = Run(data_sets.name(labels), configuration, trainer)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("nnUNet_results", folder)
         in_two_processes(train, folder, run)
