@@ -175,6 +175,24 @@ class Run:
         return torch.load(self.folder / checkpoint, weights_only=False)
 
 
+def initialised(cls, run: Run, change=lambda configurations: None, **attributes):
+    """A trainer of any class on the run's configuration, in training mode, for 2 epochs of 2 iterations.
+
+    `change` is given the plan's configurations, to change them; `attributes` are the class's.
+    """
+    stock = run.build()
+    plans = {**stock.plans_manager.plans, "continue_training": False}
+    change(plans["configurations"])
+    trainer = type(cls.__name__, (cls,), attributes)(
+        plans, run.configuration, run.fold, stock.dataset_json, stock.device
+    )
+    trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch, trainer.num_epochs = 2, 1, 2
+    torch.manual_seed(0)
+    trainer.initialize()
+    trainer.network.train()
+    return trainer
+
+
 class InProcess:
     """Training, resuming, validating and predicting through nnU-Net's Python interface."""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from workspace import Run, whole_and_resumed
+from workspace import Run, initialised, whole_and_resumed
 
 from nnunetv2_selfreg.networks.uxnet import UXBlock
 from nnunetv2_selfreg.training.backbones import KMaxUXNetBackbone, SwinUNETRBackbone, UXNetBackbone
@@ -39,15 +39,8 @@ def build(data_sets, tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
 
     def make(cls, configuration="3d_fullres", variant="labels", change=lambda plan: None, **attributes):
-        stock = Run(data_sets.name(variant), configuration, "nnUNetTrainer_2epochs_2iters").build()
-        plans = {**stock.plans_manager.plans, "continue_training": False}
-        change(plans["configurations"][configuration])
-        trainer = type(cls.__name__, (cls,), attributes)(plans, configuration, 0, stock.dataset_json, stock.device)
-        trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch, trainer.num_epochs = 2, 1, 2
-        torch.manual_seed(0)
-        trainer.initialize()
-        trainer.network.train()
-        return trainer
+        run = Run(data_sets.name(variant), configuration, "nnUNetTrainer_2epochs_2iters")
+        return initialised(cls, run, lambda configurations: change(configurations[configuration]), **attributes)
 
     return make
 

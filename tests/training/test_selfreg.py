@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from workspace import Run
+from workspace import Run, initialised
 
 from nnunetv2_selfreg.losses import SelfRegularizedLoss
 from nnunetv2_selfreg.training.selfreg import SelfRegularized
@@ -24,15 +24,7 @@ def build(data_sets, tmp_path, monkeypatch):
 
     def make(cls, configuration="3d_fullres", variant="labels", change=lambda plans: None, **attributes):
         run = Run(data_sets.name(variant), configuration, "nnUNetTrainer_2epochs_2iters")
-        stock = run.build()
-        plans = {**stock.plans_manager.plans, "continue_training": False}
-        change(plans["configurations"])
-        trainer = type(cls.__name__, (cls,), attributes)(plans, configuration, 0, stock.dataset_json, stock.device)
-        trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch, trainer.num_epochs = 2, 1, 2
-        torch.manual_seed(0)
-        trainer.initialize()
-        trainer.network.train()
-        return trainer
+        return initialised(cls, run, change, **attributes)
 
     return make
 
