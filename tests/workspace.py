@@ -351,7 +351,7 @@ def finish(trainer) -> None:
 
 
 def whole_and_resumed(run: Run, folder: Path, monkeypatch) -> tuple:
-    """Trainers after the same 4 epochs from the same seeds: at once, and in 2 and 2 with a checkpoint between."""
+    """Trainers after the same epochs from the same seeds: at once, and in two halves with a checkpoint between."""
     torch.manual_seed(0)
     whole = run.build()
     finish(whole)
@@ -360,16 +360,16 @@ def whole_and_resumed(run: Run, folder: Path, monkeypatch) -> tuple:
     first = run.build()
     on_epoch_start = first.on_epoch_start
 
-    def two_epochs():
-        if first.current_epoch == 2:
+    def half_of_the_epochs():
+        if first.current_epoch == first.num_epochs // 2:
             raise Interruption
         on_epoch_start()
 
-    first.on_epoch_start = two_epochs
+    first.on_epoch_start = half_of_the_epochs
     with contextlib.suppress(Interruption):
         finish(first)
     second = run.build(continue_training=True)
     second.load_checkpoint(str(run.folder / "checkpoint_latest.pth"))
-    assert second.current_epoch == 2
+    assert second.current_epoch == first.num_epochs // 2
     finish(second)
     return whole, second

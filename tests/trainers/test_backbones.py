@@ -1,12 +1,12 @@
 import pytest
-from contract import CELLS, TrainerContract, TrainerMatrix
+from contract import CELLS, ONE_CELL, TrainerContract, TrainerMatrix
 from workspace import Run
 
 
 class _Backbone(TrainerMatrix):
     network_is_stock = False
     cascade_is_chosen = False
-    chosen = (("regions_ignore", "2d"),)
+    chosen = ONE_CELL
 
 
 class TestUXNet(_Backbone, TrainerContract):

@@ -1,4 +1,4 @@
-from contract import FOUR_CELLS, TWO_CELLS, TrainerContract, TrainerMatrix
+from contract import ONE_CELL, TWO_CELLS, TrainerContract, TrainerMatrix
 
 
 class _CopyPaste(TrainerMatrix):
@@ -8,10 +8,11 @@ class _CopyPaste(TrainerMatrix):
 
 class TestCopyPaste(_CopyPaste, TrainerContract):
     trainer = "nnUNetTrainerCopyPaste"
-    chosen = FOUR_CELLS
+    chosen = TWO_CELLS
+    tools_are_chosen = False
 
 
 class TestSelfRegCopyPaste(_CopyPaste):
     trainer = "nnUNetTrainerSelfRegCopyPaste"
-    chosen = TWO_CELLS
+    chosen = ONE_CELL
     terms = (*_CopyPaste.terms, "scr", "ifd")

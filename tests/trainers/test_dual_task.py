@@ -1,4 +1,4 @@
-from contract import FOUR_CELLS, TWO_CELLS, TrainerContract, TrainerMatrix
+from contract import ONE_CELL, TWO_CELLS, TrainerContract, TrainerMatrix
 
 
 class _DualTask(TrainerMatrix):
@@ -12,21 +12,22 @@ class _Mutual(_DualTask):
 
 class TestDualTask(_DualTask, TrainerContract):
     trainer = "nnUNetTrainerDualTask"
-    chosen = FOUR_CELLS
+    chosen = TWO_CELLS
+    tools_are_chosen = False
 
 
 class TestDualTaskMutual(_Mutual):
     trainer = "nnUNetTrainerDualTaskMutual"
-    chosen = TWO_CELLS
+    chosen = ONE_CELL
 
 
 class TestSelfRegDualTask(_DualTask):
     trainer = "nnUNetTrainerSelfRegDualTask"
-    chosen = TWO_CELLS
+    chosen = ONE_CELL
     terms = (*_DualTask.terms, "scr", "ifd")
 
 
 class TestSelfRegDualTaskMutual(_Mutual):
     trainer = "nnUNetTrainerSelfRegDualTaskMutual"
-    chosen = TWO_CELLS
+    chosen = ONE_CELL
     terms = (*_Mutual.terms, "scr", "ifd")

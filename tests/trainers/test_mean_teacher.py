@@ -1,4 +1,4 @@
-from contract import FOUR_CELLS, TWO_CELLS, TrainerContract, TrainerMatrix
+from contract import ONE_CELL, TWO_CELLS, TrainerContract, TrainerMatrix
 
 
 class _MeanTeacher(TrainerMatrix):
@@ -8,22 +8,23 @@ class _MeanTeacher(TrainerMatrix):
 
 class TestMeanTeacher(_MeanTeacher, TrainerContract):
     trainer = "nnUNetTrainerMeanTeacher"
-    chosen = FOUR_CELLS
+    chosen = TWO_CELLS
+    tools_are_chosen = False
 
 
 class TestUAMeanTeacher(_MeanTeacher):
     trainer = "nnUNetTrainerUAMeanTeacher"
-    chosen = TWO_CELLS
+    chosen = ONE_CELL
     terms = (*_MeanTeacher.terms, "kept_voxels")
 
 
 class TestSelfRegMeanTeacher(_MeanTeacher):
     trainer = "nnUNetTrainerSelfRegMeanTeacher"
-    chosen = TWO_CELLS
+    chosen = ONE_CELL
     terms = (*_MeanTeacher.terms, "scr", "ifd")
 
 
 class TestSelfRegUAMeanTeacher(_MeanTeacher):
     trainer = "nnUNetTrainerSelfRegUAMeanTeacher"
-    chosen = TWO_CELLS
+    chosen = ONE_CELL
     terms = (*_MeanTeacher.terms, "kept_voxels", "scr", "ifd")

@@ -93,7 +93,6 @@ def copied_weights(trainer, part: str) -> list[torch.Tensor]:
 
 
 TERMS = {
-    "nnUNetTrainerSelfReg": {"segmentation", "scr", "ifd"},
     "nnUNetTrainerSelfRegUAMeanTeacher": {"segmentation", "scr", "ifd", "consistency", "kept_voxels", "student_dice"},
     "nnUNetTrainerSelfRegCopyPaste": {"segmentation", "scr", "ifd", "labeled_part", "unlabeled_part", "student_dice"},
     "nnUNetTrainerDualTask": {"segmentation", "distance", "consistency"},
