@@ -1,5 +1,5 @@
 # make demo [DATA=.../DatasetXXX_Name]   from raw images to contours, in an environment of its own
-# make test                              units, the trainer matrix, one cell of each family through nnU-Net's commands
+# make test                              units, a cell or two of each trainer, SelfReg and copy-paste through nnU-Net's commands too
 # make test-matrix                       every cell of the trainer matrix through nnU-Net's commands
 # make lint
 PYTHON ?= python3

@@ -115,7 +115,7 @@ class TrainerContract(TrainerMatrix):
     """The matrix, then nnU-Net's tools on the result, and a cell through nnU-Net's commands."""
 
     tools_are_chosen = True
-    """Whether the tools run without --commands: not for a trainer whose network and files are like another's."""
+    """Whether tools and commands run without --commands: not for a trainer whose files are like another's."""
 
     def test_tools_after_training(self, cells, tmp_path, monkeypatch, request):
         if not self.tools_are_chosen and not request.config.getoption("--commands"):
@@ -132,8 +132,10 @@ class TrainerContract(TrainerMatrix):
         self.check_prediction(tmp_path / "ensemble")
         self.check_export_and_import(full, tmp_path, monkeypatch)
 
-    def test_one_cell_through_the_commands(self, data_sets, tmp_path):
+    def test_one_cell_through_the_commands(self, data_sets, tmp_path, request):
         """Killed and resumed, validated again, predicted; trained on all cases from these weights."""
+        if not self.tools_are_chosen and not request.config.getoption("--commands"):
+            pytest.skip("make test-matrix runs the commands")
         runner = Commands()
         run = Run(data_sets.name("labels"), "3d_fullres", f"{self.trainer}_2epochs_3iters")
         runner.train_and_interrupt(run)

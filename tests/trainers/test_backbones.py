@@ -13,6 +13,7 @@ class TestUXNet(_Backbone, TrainerContract):
     trainer = "nnUNetTrainerTinyUXNet"
     chosen = (("labels", "3d_fullres"),)
     cascade_is_chosen = True
+    tools_are_chosen = False
 
 
 class TestKMaxUXNet(_Backbone):

@@ -9,7 +9,6 @@ class _CopyPaste(TrainerMatrix):
 class TestCopyPaste(_CopyPaste, TrainerContract):
     trainer = "nnUNetTrainerCopyPaste"
     chosen = TWO_CELLS
-    tools_are_chosen = False
 
 
 class TestSelfRegCopyPaste(_CopyPaste):
