@@ -1,4 +1,4 @@
-"""Time and memory of UX-Net's depthwise 7x7x7 convolution against other ways to compute the same.
+"""Time of UX-Net's depthwise 7x7x7 convolution against other ways to compute the same.
 
     python scripts/depthwise_time.py --channels 48 --size 32 -device cpu
 

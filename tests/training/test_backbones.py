@@ -6,6 +6,12 @@ import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from small_trainers.nnUNetTrainerTinyBackbones import (
+    nnUNetTrainerTinyKMaxUXNet,
+    nnUNetTrainerTinySelfRegSwinUNETR,
+    nnUNetTrainerTinySwinUNETR,
+    nnUNetTrainerTinyUXNet,
+)
 from workspace import Run, initialised, whole_and_resumed
 
 from nnunetv2_selfreg.networks.uxnet import UXBlock
@@ -14,19 +20,19 @@ from nnunetv2_selfreg.training.optimizers import WarmUpPolyLR
 from nnunetv2_selfreg.training.selfreg import SelfRegularized
 
 
-class UXNet(UXNetBackbone, nnUNetTrainer):
-    width, deepest = 4, 16
+class UXNet(nnUNetTrainerTinyUXNet):
+    pass
 
 
-class KMax(KMaxUXNetBackbone, nnUNetTrainer):
-    width, deepest, queries = 4, 16, 24
+class KMax(nnUNetTrainerTinyKMaxUXNet):
+    pass
 
 
-class Swin(SwinUNETRBackbone, nnUNetTrainer):
-    feature_size = 12
+class Swin(nnUNetTrainerTinySwinUNETR):
+    pass
 
 
-class SelfRegSwin(SelfRegularized, Swin):
+class SelfRegSwin(nnUNetTrainerTinySelfRegSwinUNETR):
     pass
 
 
@@ -120,9 +126,7 @@ def test_compiled_step_equals_an_eager_one(build, monkeypatch):
     eager, compiled = build(KMax), build(KMax, _do_i_compile=lambda _: True)
     loader, _ = eager.get_dataloaders()
     batch = next(loader)
-    results = []
-    for trainer in (eager, compiled):
-        results.append(trainer.train_step(batch)["loss"])
+    results = [trainer.train_step(batch)["loss"] for trainer in (eager, compiled)]
     assert results[1] == pytest.approx(results[0], rel=1e-4)
 
 
@@ -168,14 +172,13 @@ def test_padding_of_swin_is_no_part_of_the_terms(build):
     def with_other_padding():
         features = take()
         final = features.final
-        for feature in (*features.encoder, *features.decoder, final):
+        for feature in (*features.encoder, *features.decoder):  # the final one's last places see the image too
             covered = [
                 -(-n * have // whole) for n, have, whole in zip(patch, feature.shape[2:], final.shape[2:], strict=True)
             ]
             outside = torch.ones_like(feature, dtype=torch.bool)
             outside[(..., *(slice(n) for n in covered))] = False
-            if feature is not final:  # whose last places are averaged with the image's
-                feature.data[outside] = 1e6
+            feature.data[outside] = 1e6
         return features
 
     again.loss.taps.take = with_other_padding
