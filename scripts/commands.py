@@ -6,11 +6,11 @@ import contextlib
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen
 from typing import BinaryIO
 
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
@@ -58,12 +58,12 @@ def call(
     with log.open("ab") as output, log.open("rb") as written:
         written.seek(0, os.SEEK_END)
         begin = written.tell()
-        process = subprocess.Popen(
+        process = Popen(
             [program, *command[1:]],
             env=variables,
-            stdin=subprocess.DEVNULL,
+            stdin=DEVNULL,
             stdout=output,
-            stderr=subprocess.STDOUT,
+            stderr=STDOUT,
             start_new_session=True,
         )
         try:

@@ -9,11 +9,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import IO
 from unittest.mock import patch
 
 import numpy as np
@@ -284,33 +285,50 @@ class Commands:
 
 
 def command(name: str, *arguments: str, **environment: str) -> str:
-    """Runs a command of this environment in a process of its own; returns what it printed. Fails with the end of that.
-
-    The process is forked off conftest's server: half a command's time would be its imports.
-    """
-    with tempfile.NamedTemporaryFile("r") as output:
-        context = multiprocessing.get_context("forkserver")
-        process = context.Process(
-            target=_run_command, args=(name, arguments, {**os.environ, **environment}, output.name)
-        )
-        process.start()
-        process.join()
+    """Runs a command of this environment in a process of its own; returns what it printed, or fails with its end."""
+    with tempfile.NamedTemporaryFile("w+") as output:
+        process = ForkedCommand([name, *arguments], {**os.environ, **environment}, output)
+        process.wait()
+        output.seek(0)
         printed = output.read()
-    assert process.exitcode == 0, f"{name} {' '.join(arguments)}\n{printed[-3000:]}"
+    assert process.returncode == 0, f"{name} {' '.join(arguments)}\n{printed[-3000:]}"
     return printed
 
 
-def _run_command(name: str, arguments: Sequence[str], environment: dict[str, str], output: str) -> None:
+class ForkedCommand:
+    """A command forked off conftest's server, since half its time would be its imports; otherwise as subprocess.Popen,
+    as far as the tests and `commands.call` need that."""
+
+    def __init__(self, words: Sequence[str], env: Mapping[str, str], stdout: IO, **_) -> None:
+        context = multiprocessing.get_context("forkserver")
+        self._process = context.Process(target=_run_command, args=(Path(words[0]).name, words[1:], env, stdout.name))
+        self._process.start()
+        self.pid, self.kill = self._process.pid, self._process.kill
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self) -> None:
+        self._process.join()
+
+
+def _run_command(name: str, arguments: Sequence[str], environment: Mapping[str, str], output: str) -> None:
     """What the script does that pip makes of an entry point."""
+    os.setsid()
     os.environ.clear()
     os.environ.update(environment)
-    with open(output, "w") as file:
+    with open(output, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)
     sys.argv = [name, *arguments]
     (entry,) = entry_points(group="console_scripts", name=name)
     with quickly_started_workers("fork"):
-        entry.load()()
+        sys.exit(entry.load()())
 
 
 def _program(name: str) -> str:

@@ -22,6 +22,7 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
 from run import Memory, begun_epoch, is_full_disk, prediction_seconds, remove_broken_checkpoints, reported_divergence
 from tqdm import tqdm
+from workspace import ForkedCommand
 
 TRAINERS_THAT_FAIL = """
 import time
@@ -78,6 +79,12 @@ def protocol(data_sets, tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def quick_commands(monkeypatch):
+    """nnU-Net's commands without the time of their imports, where no test depends on how they are started."""
+    monkeypatch.setattr(commands, "Popen", ForkedCommand)
+
+
+@pytest.fixture
 def failing_trainers(protocol, monkeypatch):
     (protocol / "trainers").mkdir()
     (protocol / "trainers" / "failing.py").write_text(TRAINERS_THAT_FAIL)
@@ -95,7 +102,7 @@ def main(monkeypatch, *arguments: str) -> int:
 
 
 def test_run_from_the_raw_data_set_is_measured_then_skipped_then_repeated_when_its_checkpoint_is_broken(
-    protocol, data_sets, monkeypatch, capsys, shown_bars
+    protocol, data_sets, quick_commands, monkeypatch, capsys, shown_bars
 ):
     monkeypatch.setenv("nnUNet_preprocessed", str(protocol / "new"))
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # nnU-Net's planner sets so many threads
@@ -147,7 +154,9 @@ def test_run_from_the_raw_data_set_is_measured_then_skipped_then_repeated_when_i
     assert load_json(str(folder / "result.json"))["curves"]["train_losses"] != result["curves"]["train_losses"]
 
 
-def test_runs_that_diverge_are_results_and_the_rest_goes_on(protocol, failing_trainers, monkeypatch, capsys):
+def test_runs_that_diverge_are_results_and_the_rest_goes_on(
+    protocol, failing_trainers, quick_commands, monkeypatch, capsys
+):
     assert run(monkeypatch, protocol, "-tr", "nnUNetTrainerNaN", "nnUNetTrainerSelfRegNaN") == 1
     errors = capsys.readouterr().err
     for trainer, reason in (
@@ -161,7 +170,7 @@ def test_runs_that_diverge_are_results_and_the_rest_goes_on(protocol, failing_tr
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_full_disk_is_named_and_ends_the_benchmark(protocol, failing_trainers, monkeypatch, capsys):
+def test_full_disk_is_named_and_ends_the_benchmark(protocol, failing_trainers, quick_commands, monkeypatch, capsys):
     assert run(monkeypatch, protocol, "-tr", "nnUNetTrainerFullDisk", "--repetitions", "2") == 1
     errors = capsys.readouterr().err
     assert "No space left on device" in errors
@@ -387,7 +396,7 @@ def test_best_checkpoint_is_no_start(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_run_whose_folder_cannot_be_made_does_not_end_the_others(protocol, monkeypatch, capsys):
+def test_run_whose_folder_cannot_be_made_does_not_end_the_others(protocol, quick_commands, monkeypatch, capsys):
     (protocol / "runs" / "tiny-cpu").mkdir(parents=True)
     (protocol / "runs" / "tiny-cpu" / "nnUNetTrainer-fold2-1").touch()
     assert run(monkeypatch, protocol, "--repetitions", "2", "-tr", "nnUNetTrainer") == 1
@@ -430,7 +439,7 @@ def test_memory_of_a_gpu_is_unknown_where_nobody_tells(answer, tmp_path, monkeyp
     assert memory.highest == 0
 
 
-def test_half_preprocessed_folder_is_made_anew_only_if_it_was_begun_here(protocol, tmp_path):
+def test_half_preprocessed_folder_is_made_anew_only_if_it_was_begun_here(protocol, quick_commands, tmp_path):
     tiny = protocols.Protocol.load("tiny", "cpu")
     folder = tiny.folder / "nnUNetPlans_3d_fullres"
     first, second = load_json(str(tiny.folder / "splits_final.json"))[0]["val"]
@@ -527,7 +536,7 @@ def test_number_of_an_epoch_is_read_from_the_output():
         assert begun_epoch(line, 7) == 7
 
 
-def test_failed_run_is_reported_and_the_status_tells(protocol, monkeypatch, capsys):
+def test_failed_run_is_reported_and_the_status_tells(protocol, quick_commands, monkeypatch, capsys):
     assert run(monkeypatch, protocol, "-tr", "nnUNetTrainerUnknown") == 1
     error = capsys.readouterr().err
     assert "nnUNetTrainerUnknown-fold2-1: nnUNetv2_train" in error
