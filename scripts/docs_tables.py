@@ -136,7 +136,12 @@ def of_protocol(name: str) -> str:
     cases = cases[~cases["trainer"].isin(TRIALS)]
     results = [result for result in results if result["trainer"] not in TRIALS]
     tables = [summary_table(cases), difference_table(difference_rows(cases)), cost_table(results)]
-    return "\n\n".join("\n".join(line for line in table if line.startswith("|")) for table in tables)
+    return "\n\n".join(map(without_notes, tables))
+
+
+def without_notes(table: list[str]) -> str:
+    """A table of the report without the words around it."""
+    return "\n".join(line for line in table if line.startswith("|"))
 
 
 def of_trials(name: str, titles: dict[str, str], pair: tuple[str, str] | None = None) -> str:
@@ -188,8 +193,7 @@ def of_trials(name: str, titles: dict[str, str], pair: tuple[str, str] | None = 
 def of_costs(name: str, titles: dict[str, str]) -> str:
     """The report's table of costs, for these trainers."""
     _, results = read_runs(DOCS / "results" / name)
-    table = cost_table([result for result in results if result["trainer"] in titles])
-    return "\n".join(line for line in table if line.startswith("|"))
+    return without_notes(cost_table([result for result in results if result["trainer"] in titles]))
 
 
 def measured() -> str:
@@ -228,6 +232,8 @@ PAGES = {
     "networks.md": {
         "trials": partial(of_trials, "hippocampus-cpu", NETWORKS),
         "costs": partial(of_costs, "hippocampus-cpu", NETWORKS),
+        "trials in 2D": partial(of_trials, "hippocampus-2d-cpu", NETWORKS),
+        "costs in 2D": partial(of_costs, "hippocampus-2d-cpu", NETWORKS),
     },
     "../README.md": {"measured": measured},
 }

@@ -24,7 +24,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from tqdm import tqdm
 
 from nnunetv2_selfreg.losses.kmax import KMaxLoss
-from nnunetv2_selfreg.networks.kmax import KMaxUXNet
+from nnunetv2_selfreg.networks.kmax import KMaxOutput, KMaxUXNet
 from nnunetv2_selfreg.networks.swin import SwinUNETR
 from nnunetv2_selfreg.networks.uxnet import UXNet
 
@@ -52,26 +52,24 @@ def networks(dimension: int) -> dict[str, Callable[[], nn.Module]]:
     return {"nnU-Net": stock, **ours, **checkpointing}
 
 
-def loss_for(output) -> nn.Module:
-    one = DC_and_CE_loss(
+def step(network: nn.Module, image: Tensor) -> None:
+    output = network(image)
+    loss: nn.Module = DC_and_CE_loss(
         {"batch_dice": False, "smooth": 1e-5, "do_bg": False}, {}, dice_class=MemoryEfficientSoftDiceLoss
     )
     if isinstance(output, Tensor):
-        return one
-    scales = len(output) if isinstance(output, list) else len(output.convolutional)
-    deep = DeepSupervisionWrapper(one, [1 / 2**scale for scale in range(scales)])
-    return deep if isinstance(output, list) else KMaxLoss(deep)
-
-
-def step(network: nn.Module, image: Tensor) -> None:
-    output = network(image)
-    loss = loss_for(output)
-    if isinstance(output, Tensor):
-        target = torch.zeros(len(image), 1, *output.shape[2:])
+        target = target_of(output)
     else:
         scales = output if isinstance(output, list) else output.convolutional
-        target = [torch.zeros(len(image), 1, *scale.shape[2:]) for scale in scales]
+        target = [target_of(scale) for scale in scales]
+        loss = DeepSupervisionWrapper(loss, [1 / 2**number for number in range(len(scales))])
+    if isinstance(output, KMaxOutput):
+        loss = KMaxLoss(loss)
     loss(output, target).backward()
+
+
+def target_of(output: Tensor) -> Tensor:
+    return torch.zeros(len(output), 1, *output.shape[2:])
 
 
 def peak_memory(build: Callable[[], nn.Module], patch: list[int], batch: int) -> int:

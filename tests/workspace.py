@@ -335,6 +335,15 @@ def _program(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
 
 
+def two_stages(plan: dict) -> None:
+    """Cuts a configuration's network to its upper two resolution stages."""
+    network = plan["architecture"]["arch_kwargs"]
+    for key, value in network.items():
+        if isinstance(value, list) and key != "n_conv_per_stage_decoder":
+            network[key] = value[:2]
+    network["n_stages"], network["n_conv_per_stage_decoder"] = 2, [1]
+
+
 def read_labels(file: Path) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
 

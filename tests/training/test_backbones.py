@@ -12,7 +12,7 @@ from small_trainers.nnUNetTrainerTinyBackbones import (
     nnUNetTrainerTinySwinUNETR,
     nnUNetTrainerTinyUXNet,
 )
-from workspace import Run, initialised, whole_and_resumed
+from workspace import Run, initialised, two_stages, whole_and_resumed
 
 from nnunetv2_selfreg.networks.uxnet import UXBlock
 from nnunetv2_selfreg.training.backbones import KMaxUXNetBackbone, SwinUNETRBackbone, UXNetBackbone
@@ -225,14 +225,6 @@ def test_warm_up_ends_before_the_training(warm_up, epochs, build):
 def test_impossible_attribute_is_an_error(attribute, value, build):
     with pytest.raises(ValueError, match=rf"UXNet\.{attribute} is {value}"):
         build(UXNet, **{attribute: value})
-
-
-def two_stages(plan):
-    network = plan["architecture"]["arch_kwargs"]
-    for key, value in network.items():
-        if isinstance(value, list) and key != "n_conv_per_stage_decoder":
-            network[key] = value[:2]
-    network["n_stages"], network["n_conv_per_stage_decoder"] = 2, [1]
 
 
 @pytest.mark.parametrize("family", [UXNet, KMax])

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from workspace import Run, initialised
+from workspace import Run, initialised, two_stages
 
 from nnunetv2_selfreg.losses import SelfRegularizedLoss
 from nnunetv2_selfreg.training.selfreg import SelfRegularized
@@ -205,11 +205,7 @@ def test_network_without_stages_is_named_before_workers_start(build):
 
 def test_plan_with_two_resolution_stages_is_an_error(build):
     def shallow(configurations):
-        network = configurations["3d_fullres"]["architecture"]["arch_kwargs"]
-        for key, value in network.items():
-            if isinstance(value, list) and key != "n_conv_per_stage_decoder":
-                network[key] = value[:2]
-        network["n_stages"], network["n_conv_per_stage_decoder"] = 2, [1]
+        two_stages(configurations["3d_fullres"])
 
     with pytest.raises(NotImplementedError, match="1 decoder stages"):
         build(SelfReg, change=shallow)
