@@ -1,6 +1,6 @@
 # make demo [DATA=.../DatasetXXX_Name]   from raw images to contours, in an environment of its own
 # make test                              units, a cell or two of each trainer, SelfReg and copy-paste through nnU-Net's commands too
-# make test-matrix                       every cell of the trainer matrix through nnU-Net's commands
+# make test-matrix                       every cell of the trainer matrix through nnU-Net's commands, and every trainer in two processes
 # make lint
 PYTHON ?= python3
 SOURCES := pyproject.toml $(wildcard packaging/*) $(shell find nnunetv2_selfreg trainers -name '*.py')
@@ -14,7 +14,7 @@ test: .venv-test/installed
 	.venv-test/bin/python -m pytest -n 2 --dist loadscope
 
 test-matrix: .venv-test/installed
-	.venv-test/bin/python -m pytest -n 2 --dist loadscope tests/trainers --commands
+	.venv-test/bin/python -m pytest -n 2 --dist loadscope tests/trainers tests/training/test_two_processes.py --commands
 
 lint: .venv-test/installed
 	.venv-test/bin/ruff check .

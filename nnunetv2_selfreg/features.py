@@ -14,7 +14,8 @@ class Features(NamedTuple):
     """Feature maps of one forward pass, `(B, C, *spatial)` each."""
 
     encoder: list[Tensor]
-    """Outputs of the encoder stages after the first, from high to low resolution; the last one is the bottleneck."""
+    """Outputs of the encoder stages after the first, from high to low resolution, the last one that of
+    the bottleneck."""
     decoder: list[Tensor]
     """Outputs of the decoder stages before the last, from low to high resolution."""
     final: Tensor

@@ -93,7 +93,9 @@ def main() -> None:
     parser.add_argument("--patch", type=int, nargs="+", default=[128, 128, 128])
     parser.add_argument("--batch", type=int, default=2)
     arguments = parser.parse_args()
-    dimension = len(arguments.patch)
+    dimension, multiple = len(arguments.patch), 2 ** (STAGES - 1)
+    if dimension not in (2, 3) or any(side < 1 or side % multiple for side in arguments.patch):
+        parser.error(f"--patch takes two or three multiples of {multiple}, which {STAGES} stages divide")
     peaks = {
         name: peak_memory(build, arguments.patch, arguments.batch)
         for name, build in tqdm(networks(dimension).items(), disable=None)

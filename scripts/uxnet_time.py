@@ -60,10 +60,18 @@ class Assembled(nn.Module):
 
     Args:
         network: whose strides, widths and weights it gets; 3D, kernels of 3 on every axis.
+
+    Raises:
+        ValueError: the network is another one.
     """
 
     def __init__(self, network: UXNet) -> None:
         super().__init__()
+        if type(network) is not UXNet or {*network.encoder.kernel_sizes} != {(3, 3, 3)}:
+            raise ValueError(
+                "only a 3D UX-Net with kernels of 3 on every axis can be assembled of MONAI's blocks: take another "
+                "configuration, or nnUNetTrainerUXNet"
+            )
         encoder, decoder = network.encoder, network.decoder
         strides, outputs = encoder.strides, encoder.output_channels
         widths = outputs[:-1]
@@ -145,7 +153,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as results:
         os.environ["nnUNet_results"] = results
         ours, assembled = build(arguments.tr, arguments), build(arguments.tr, arguments)
-        assembled.network = Assembled(assembled.network).to(assembled.device)
+        try:
+            assembled.network = Assembled(assembled.network).to(assembled.device)
+        except ValueError as error:
+            parser.error(str(error))
         assembled.optimizer, _ = assembled.configure_optimizers()
         loader, _ = ours.get_dataloaders()
         print_table(

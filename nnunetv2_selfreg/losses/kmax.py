@@ -61,8 +61,9 @@ class KMaxLoss(nn.Module):
     In validation too, so its validation loss is not comparable with stock nnU-Net's. Ours: the mean over the layers, so
     that the weight does not depend on their number (kMaX-DeepLab sums), and the weight.
 
-    `terms` holds the detached scalars of the last call: `segmentation`, `convolutional`, `query_distribution`, without
-    weights.
+    `terms` holds the detached scalars of the last call: `query_segmentation`, `convolutional`, `query_distribution`,
+    without weights. nnU-Net gives the lowest head no weight, so with three resolution stages `convolutional` is the
+    full resolution's.
 
     Args:
         loss: nnU-Net's loss with deep supervision, whose `.loss` is that of a single scale.
@@ -88,16 +89,16 @@ class KMaxLoss(nn.Module):
             target: label maps `(B, 1, *spatial)`, one for each convolutional head, from full to low resolution.
         """
         terms = {
-            "segmentation": self.loss.loss(output.segmentation, target[0]),
+            "query_segmentation": self.loss.loss(output.segmentation, target[0]),
             "convolutional": self.loss(output.convolutional, target),
             "query_distribution": self._query_distribution(output.log_assignments, target[0]),
         }
         self.terms = {name: term.detach() for name, term in terms.items()}
-        return terms["segmentation"] + terms["convolutional"] + self.query_weight * terms["query_distribution"]
+        return terms["query_segmentation"] + terms["convolutional"] + self.query_weight * terms["query_distribution"]
 
     @staticmethod
     def _query_distribution(log_assignments: list[Tensor], labels: Tensor) -> Tensor:
-        *_, finest = log_assignments  # of the masks, at half resolution
+        *_, finest = log_assignments  # of the masks
         shares = class_shares(labels, finest.shape[2:], finest.shape[1])
         pooled = pooled_to_each_shape(shares, {tuple(a.shape[2:]) for a in log_assignments})
         return torch.stack([query_distribution_loss(a, pooled[tuple(a.shape[2:])]) for a in log_assignments]).mean()

@@ -41,3 +41,9 @@ def resize(feature: Tensor, shape: tuple[int, ...]) -> Tensor:
     if tuple(feature.shape[2:]) == tuple(shape):
         return feature
     return F.interpolate(feature, tuple(shape), mode="bilinear" if len(shape) == 2 else "trilinear")
+
+
+def check_drop_path(probability: float) -> None:
+    """Raises ValueError unless stochastic depth can have it as its largest probability."""
+    if not 0 <= probability < 1:
+        raise ValueError(f"drop_path is {probability}, it must be at least 0 and less than 1")

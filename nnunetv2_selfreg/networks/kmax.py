@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from dynamic_network_architectures.building_blocks.unet_residual_decoder import 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunetv2_selfreg.losses.pooling import at_least_single
 from nnunetv2_selfreg.networks.blocks import ChannelNorm, resize
 from nnunetv2_selfreg.networks.uxnet import UXNet, UXNetEncoder
 
@@ -103,8 +105,9 @@ class KMaxDecoder(UNetResDecoder):
 
 class MaskDecoder(nn.Module):
     """Updates the queries with the bottleneck and the two deepest decoder levels, two layers each, and reads the masks
-    off the feature map at half resolution: at full resolution 128 queries would take a gigabyte a sample. A network of
-    three stages has one decoder level below full resolution, which is all that is read then.
+    off the feature map of the second stage, in most plans at half resolution: at full resolution 128 queries would take
+    a gigabyte a sample. A network of three stages has one decoder level below full resolution, which is all that is
+    read then.
 
     Args:
         level_channels: of the feature maps that update the queries, from the bottleneck up.
@@ -140,7 +143,7 @@ class MaskDecoder(nn.Module):
         """The segmentation at the resolution of the last feature map, then the logarithms of all merged assignments.
 
         Args:
-            features: `(B, C, *spatial)` from the bottleneck up to half resolution.
+            features: `(B, C, *spatial)` from the bottleneck up to the second stage.
         """
         queries = self.queries.expand(len(features[0]), -1, -1)
         log_assignments = []
@@ -195,7 +198,7 @@ class MaskPredictor(nn.Module):
         self.query_key = nn.Sequential(nn.LayerNorm(QUERY_WIDTH), nn.Linear(QUERY_WIDTH, KEY_WIDTH))
 
     def forward(self, queries: Tensor, feature: Tensor) -> Tensor:
-        key = F.normalize(self.voxel_key(feature), dim=1)
+        key = F.normalize(at_least_single(self.voxel_key(feature)), dim=1)  # squares leave half precision's range
         return torch.einsum("bnd,bd...->bn...", self.query_key(queries).to(key.dtype), key)
 
 
@@ -228,15 +231,15 @@ def cluster_means(values: Tensor, assignment: Tensor) -> Tensor:
 
     In single precision at least: a cluster may have more voxels than half precision can count.
     """
-    dtype = torch.promote_types(values.dtype, torch.float32)
     with torch.autocast(values.device.type, enabled=False):
-        values, assignment = values.to(dtype).flatten(2), assignment.to(dtype).flatten(2)
+        values = at_least_single(values).flatten(2)
+        assignment = assignment.to(values.dtype).flatten(2)
         return (assignment @ values.transpose(1, 2)) / assignment.sum(2, keepdim=True).clamp_min(1)
 
 
 def log_query_distribution(mask_logits: Tensor) -> Tensor:
     """Logarithm of the softmax over the queries of `(B, N, *spatial)`, in single precision at least."""
-    return F.log_softmax(mask_logits.to(torch.promote_types(mask_logits.dtype, torch.float32)), 1)
+    return F.log_softmax(at_least_single(mask_logits), 1)
 
 
 def merged(log_distribution: Tensor, groups: Sequence[int]) -> Tensor:
@@ -254,13 +257,22 @@ def query_groups(queries: int, num_classes: int) -> list[int]:
     >>> query_groups(128, 3)
     [16, 56, 56]
     """
+    if queries < (enough := fewest_queries(num_classes)):
+        raise ValueError(
+            f"{queries} queries are too few for {num_classes} classes: background gets an eighth, each other class an "
+            f"equal share of the rest, at least one each. Raise `queries` to {enough} or more."
+        )
     background = queries // 8
     share = (queries - background) // max(num_classes - 1, 1)
     groups = [background, *[share] * (num_classes - 1)]
     groups[-1] += queries - sum(groups)
-    if min(groups) < 1:
-        raise ValueError(
-            f"{queries} queries are too few for {num_classes} classes: background gets an eighth, each other class an "
-            "equal share of the rest, at least one each. Raise the attribute `queries` of the trainer."
-        )
     return groups
+
+
+def fewest_queries(num_classes: int) -> int:
+    """With which each class has one.
+
+    >>> fewest_queries(114)
+    129
+    """
+    return next(queries for queries in count(8) if queries - queries // 8 >= num_classes - 1)

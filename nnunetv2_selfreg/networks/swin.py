@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunetv2_selfreg.networks.blocks import recompute
+from nnunetv2_selfreg.networks.blocks import check_drop_path, recompute
 
 MULTIPLE = 32
 """MONAI's network takes multiples of it along each axis."""
+WIDTH_UNIT = 12
+"""MONAI's network takes multiples of it as its width."""
 INSTALL = 'pip install "nnunetv2-selfreg[swin]"'
 
 
@@ -34,7 +36,7 @@ class SwinUNETR(nn.Module):
 
     Raises:
         ImportError: MONAI is not installed, or older than 1.5.
-        ValueError: impossible `feature_size`.
+        ValueError: impossible `feature_size` or `drop_path`.
     """
 
     def __init__(
@@ -47,6 +49,9 @@ class SwinUNETR(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        if feature_size < 1 or feature_size % WIDTH_UNIT:
+            raise ValueError(f"feature_size is {feature_size}, it must be a positive multiple of {WIDTH_UNIT}")
+        check_drop_path(drop_path)
         network = _of_monai(
             in_channels=input_channels,
             out_channels=num_classes,

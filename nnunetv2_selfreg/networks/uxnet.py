@@ -20,7 +20,7 @@ from dynamic_network_architectures.building_blocks.unet_residual_decoder import 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunetv2_selfreg.networks.blocks import ChannelNorm, recompute
+from nnunetv2_selfreg.networks.blocks import ChannelNorm, check_drop_path, recompute
 
 LARGE_KERNEL = 7
 BLOCKS_PER_STAGE = 2
@@ -50,7 +50,8 @@ class UXNet(nn.Module):
 
     Raises:
         NotImplementedError: fewer than three stages.
-        ValueError: the first stage has a stride, a kernel size is even, or another argument is impossible.
+        ValueError: the first stage has a stride, kernel sizes are even or not as many as strides, or another argument
+            is impossible.
     """
 
     def __init__(
@@ -70,10 +71,9 @@ class UXNet(nn.Module):
         super().__init__()
         _check_plan(strides, kernel_sizes)
         _check_sizes(width=width, deepest=deepest)
-        if not (0 <= drop_path < 1 and 0 <= layer_scale < float("inf")):
-            raise ValueError(
-                f"drop_path is {drop_path} and layer_scale {layer_scale}; they must be in [0, 1) and 0 at least"
-            )
+        check_drop_path(drop_path)
+        if not 0 <= layer_scale < float("inf"):
+            raise ValueError(f"layer_scale is {layer_scale}, it must be finite and not negative")
         self.encoder = UXNetEncoder(input_channels, strides, kernel_sizes, width, deepest, drop_path, layer_scale)
         # The released network has a second block at full resolution.
         blocks = [1] * (len(strides) - 2) + [2]
@@ -92,8 +92,9 @@ class UXNet(nn.Module):
 class UXNetEncoder(nn.Module):
     """The trunk, and a residual block on the image and on each trunk stage's normalised output: these are the skips.
 
-    `stages[0]` is the residual block on the image, the others are the trunk's stages. The attributes are those that
-    decoders of dynamic-network-architectures ask for.
+    `stages[0]` is the residual block on the image, the others are the trunk's stages: what is read of an encoder is the
+    path from one resolution to the next, without the blocks that prepare it for the decoder. The attributes are those
+    that decoders of dynamic-network-architectures ask for.
     """
 
     def __init__(
@@ -170,7 +171,7 @@ class UXBlock(nn.Module):
     ) -> None:
         super().__init__()
         padding = tuple(k // 2 for k in kernel)
-        # Plain: the norm before leaves channels_last_3d, in which it is fastest (docs/networks.md).
+        # Plain: on a CPU it is given channels_last_3d, in which it is fastest, by what precedes (docs/networks.md).
         self.depthwise = conv_op(channels, channels, tuple(kernel), padding=padding, groups=channels)
         self.norm = ChannelNorm(channels)
         self.expand = conv_op(channels, EXPANSION * channels, 1, groups=channels)
@@ -201,11 +202,19 @@ def _check_sizes(**sizes: int) -> None:
 def _check_plan(strides: Sequence[Sequence[int]], kernel_sizes: Sequence[Sequence[int]]) -> None:
     if len(strides) < FEWEST_STAGES:
         raise NotImplementedError(
-            f"UX-Net needs {FEWEST_STAGES} resolution stages at least, the plan has {len(strides)}. Use a "
-            "configuration with more, or plan for a larger patch."
+            f"UX-Net needs {FEWEST_STAGES} resolution stages at least, here are {len(strides)}. Use a configuration "
+            "with more, or plan for a larger patch."
+        )
+    if [np.size(kernel) for kernel in kernel_sizes] != [np.size(stride) for stride in strides]:
+        raise ValueError(
+            f"UX-Net needs a kernel size for each stage and axis: there are the strides {list(strides)} and the "
+            f"kernel_sizes {list(kernel_sizes)}. Correct kernel_sizes."
         )
     if any(axis != 1 for axis in strides[0]):
-        raise ValueError(f"the first resolution stage has the stride {list(strides[0])}, UX-Net needs 1 on every axis")
+        raise ValueError(
+            f"the first resolution stage has the stride {list(strides[0])}, UX-Net needs 1 on every axis. Correct "
+            "strides."
+        )
     even = [list(kernel) for kernel in kernel_sizes if any(axis % 2 == 0 for axis in kernel)]
     if even:
-        raise ValueError(f"the plan has the kernel size {even[0]}, UX-Net needs odd numbers")
+        raise ValueError(f"there is the kernel size {even[0]}, UX-Net needs odd numbers. Correct kernel_sizes.")

@@ -127,7 +127,10 @@ class KMaxUXNetBackbone(UXNetBackbone):
                 "dataset.json."
             )
         if not self.enable_deep_supervision:
-            raise NotImplementedError(f"{type(self).__name__} trains its queries with deep supervision only")
+            raise NotImplementedError(
+                f"{type(self).__name__} trains its queries with deep supervision only. Leave enable_deep_supervision "
+                "True, or use nnUNetTrainerUXNet."
+            )
         super().initialize()
 
     def _build_loss(self) -> nn.Module:

@@ -69,7 +69,7 @@ def test_sum_of_the_terms():
     target = [torch.zeros(1, 1, 2, 1), torch.zeros(1, 1, 1, 1)]
     loss = KMaxLoss(Sum(), query_weight=0.5)
     total = loss(Output, target)
-    expected = {"segmentation": 12, "convolutional": 4 + 4, "query_distribution": (np.log(2) + np.log(4)) / 2}
+    expected = {"query_segmentation": 12, "convolutional": 4 + 4, "query_distribution": (np.log(2) + np.log(4)) / 2}
     assert {name: float(term) for name, term in loss.terms.items()} == pytest.approx(expected)
     assert float(total) == pytest.approx(20 + 0.5 * expected["query_distribution"])
 

@@ -5,13 +5,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from network_memory import peak_memory
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
 from nnunetv2_selfreg.losses.kmax import KMaxLoss
 from nnunetv2_selfreg.networks.kmax import (
     KMaxLayer,
     KMaxUXNet,
     MaskDecoder,
+    MaskPredictor,
     cluster_means,
+    fewest_queries,
     hard_assignment,
     log_query_distribution,
     merged,
@@ -94,6 +99,18 @@ def test_large_clusters_are_counted_in_half_precision():
     torch.testing.assert_close(cluster_means(values, assignment), torch.ones(1, 1, 2))
 
 
+@pytest.mark.parametrize("size", [0.0, 6e4])
+def test_keys_of_any_size_are_normalised_in_half_precision(size):
+    """Squares of the one are too small for it, of the other too large."""
+    masks = MaskPredictor(torch.nn.Conv2d, 4).half()
+    with torch.no_grad():
+        masks.voxel_key.weight.zero_()
+        masks.voxel_key.bias.fill_(size)
+    logits = masks(torch.ones(1, 3, 256, dtype=torch.float16), torch.ones(1, 4, 2, 2, dtype=torch.float16))
+    assert torch.isfinite(logits).all()
+    assert bool(logits.abs().sum() > 0) == (size > 0)
+
+
 def test_hard_assignment_gets_no_gradient():
     """A layer's mask logits have no influence on its queries that a gradient could follow."""
     layer = KMaxLayer(torch.nn.Conv3d, 4)
@@ -168,32 +185,31 @@ def test_every_parameter_learns_with_a_single_sample():
 
 
 def test_200_steps_in_half_precision_stay_finite():
+    """As nnU-Net trains on a GPU: its loss, the loss scaled, the gradient clipped."""
     torch.manual_seed(0)
     network = KMaxUXNet(1, 3, [[1, 1], [2, 2], [2, 2]], [[3, 3]] * 3, width=4, deepest=16, queries=24)
-    optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
-    images = image(1)[:, :, 0, :16]
-    target = [(torch.arange(16) // 6)[:, None].expand(1, 1, 16, 16)]
-    cross_entropy = torch.nn.CrossEntropyLoss()
-
-    class Loss(SquareLoss):
-        def loss(self, output, _target):
-            size = output.shape[2:]
-            labels = torch.nn.functional.interpolate(target[0].float(), size)[:, 0].long()
-            return cross_entropy(output.float(), labels)
-
+    optimizer, scaler = torch.optim.AdamW(network.parameters(), 1e-3), torch.amp.GradScaler("cpu")
+    of_a_scale = DC_and_CE_loss(
+        {"batch_dice": False, "smooth": 1e-5, "do_bg": False}, {}, dice_class=MemoryEfficientSoftDiceLoss
+    )
+    loss = KMaxLoss(DeepSupervisionWrapper(of_a_scale, [2 / 3, 1 / 3]))
+    images, rows = image(1)[:, :, 0, :16], torch.arange(16) // 6
+    target = [labels[None, None, :, None].expand(1, 1, -1, len(labels)) for labels in (rows, rows[::2])]
     losses = []
-    loss = KMaxLoss(Loss())
     for _ in range(200):
         with torch.autocast("cpu", dtype=torch.float16):
             total = loss(network(images), target)
         optimizer.zero_grad()
-        total.backward()
+        scaler.scale(total).backward()
+        scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
-        optimizer.step()
-        losses.append(float(total))
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(total.item())
     assert np.isfinite(losses).all()
     assert all(torch.isfinite(p).all() for p in network.parameters())
-    assert losses[-1] < losses[0] / 2
+    assert scaler.get_scale() >= 2**10  # few steps were left out
+    assert losses[-1] < losses[0] - 1  # Dice is negative
 
 
 def test_memory_at_128_cubed_stays_under_1_6_times_ux_nets():
@@ -213,6 +229,14 @@ def test_activation_checkpointing_changes_no_gradient():
     torch.testing.assert_close(*found)
 
 
+@given(st.integers(2, 300))
+def test_queries_that_the_error_asks_for_are_just_enough(classes):
+    enough = fewest_queries(classes)
+    assert min(query_groups(enough, classes)) == 1
+    with pytest.raises(ValueError, match=f"{enough - 1} queries are too few.*Raise `queries` to {enough} or more"):
+        query_groups(enough - 1, classes)
+
+
 @given(st.integers(2, 40), st.integers(16, 300))
 def test_groups_share_the_queries(classes, queries):
     if queries // 8 + classes - 1 > queries:
@@ -229,5 +253,5 @@ def test_groups_share_the_queries(classes, queries):
 
 @pytest.mark.parametrize(("queries", "classes"), [(7, 2), (16, 20), (3, 4)])
 def test_group_without_a_query_is_an_error(queries, classes):
-    with pytest.raises(ValueError, match=rf"{queries} queries are too few for {classes} classes.*attribute `queries`"):
+    with pytest.raises(ValueError, match=rf"{queries} queries are too few for {classes} classes.*Raise `queries` to"):
         KMaxUXNet(1, classes, STRIDES, KERNELS, width=4, deepest=16, queries=queries)

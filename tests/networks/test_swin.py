@@ -88,6 +88,24 @@ def test_copy_with_checkpointing_runs_its_own_weights():
     assert torch.equal(teacher(image), before)
 
 
+@pytest.mark.parametrize(
+    ("argument", "value"), [("feature_size", 0), ("feature_size", -12), ("feature_size", 20), ("drop_path", 1.0)]
+)
+def test_impossible_argument_is_an_error(argument, value):
+    with pytest.raises(ValueError, match=f"{argument} is {value}"):
+        SwinUNETR(1, 3, 2, **{argument: value})
+
+
+def test_older_monai_is_an_error(monkeypatch):
+    class FixedToAnImageSize:
+        def __init__(self, img_size, in_channels, out_channels):
+            raise AssertionError
+
+    monkeypatch.setattr("monai.networks.nets.SwinUNETR", FixedToAnImageSize)
+    with pytest.raises(ImportError, match=r'MONAI 1.5 or later: pip install "nnunetv2-selfreg\[swin\]"'):
+        network()
+
+
 @pytest.mark.parametrize("missing", ["monai", "einops"])
 def test_missing_extra_is_named_with_the_install_line(missing, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == missing]:

@@ -39,6 +39,25 @@ def test_table_of_ux_net_and_monais_assembly(data_sets, monkeypatch, tmp_path, c
     assert not os.path.exists(tmp_path / "untouched")
 
 
+@pytest.mark.parametrize(
+    ("configuration", "trainer"), [("2d", "nnUNetTrainerTinyUXNet"), ("3d_fullres", "nnUNetTrainerTinyKMaxUXNet")]
+)
+def test_network_that_monais_blocks_cannot_make_is_an_error(configuration, trainer, data_sets, monkeypatch, capsys):
+    arguments = [data_sets.name("labels"), configuration, "-tr", trainer, "-device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["uxnet_time.py", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        uxnet_time.main()
+    assert "take another configuration, or nnUNetTrainerUXNet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("patch", [["100", "128", "128"], ["128"]])
+def test_patch_that_the_stages_do_not_divide_is_an_error(patch, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["network_memory.py", "--patch", *patch])
+    with pytest.raises(SystemExit, match="2"):
+        network_memory.main()
+    assert "two or three multiples of 16" in capsys.readouterr().err
+
+
 def test_memory_of_large_weights_is_theirs_and_their_gradients():
     def build():
         return nn.Sequential(nn.Conv2d(1, 1500, 1), nn.Conv2d(1500, 1500, 1, bias=False), nn.Conv2d(1500, 3, 1))

@@ -18,7 +18,7 @@ class TestUXNet(_Backbone, TrainerContract):
 
 class TestKMaxUXNet(_Backbone):
     trainer = "nnUNetTrainerTinyKMaxUXNet"
-    terms = ("segmentation", "convolutional", "query_distribution")
+    terms = ("query_segmentation", "convolutional", "query_distribution")
     chosen = (("ignore", "3d_fullres"),)
 
     @pytest.mark.parametrize(("variant", "configuration"), CELLS)

@@ -1,7 +1,9 @@
 """The architecture trainers inside nnU-Net: plans, attributes, optimiser, resuming, prediction of any image size."""
 
+import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -9,6 +11,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from small_trainers.nnUNetTrainerTinyBackbones import (
     nnUNetTrainerTinyKMaxUXNet,
     nnUNetTrainerTinySelfRegSwinUNETR,
+    nnUNetTrainerTinySelfRegUXNet,
     nnUNetTrainerTinySwinUNETR,
     nnUNetTrainerTinyUXNet,
 )
@@ -29,6 +32,10 @@ class KMax(nnUNetTrainerTinyKMaxUXNet):
 
 
 class Swin(nnUNetTrainerTinySwinUNETR):
+    pass
+
+
+class SelfRegUXNet(nnUNetTrainerTinySelfRegUXNet):
     pass
 
 
@@ -88,11 +95,16 @@ def one_step(trainer):
     return trainer.train_step(next(loader))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [SelfRegUXNet, KMax, SelfRegSwin])
 def test_anisotropic_plan(family, build):
-    trainer = build(family, change=anisotropic)
-    outputs = one_step(trainer)
-    assert torch.isfinite(torch.as_tensor(outputs["loss"]))
+    outputs = one_step(build(family, change=anisotropic))
+    assert np.isfinite([*outputs.values()]).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batch_of_a_single_sample(family, build):
+    outputs = one_step(build(family, change=lambda plan: plan.update(batch_size=1)))
+    assert np.isfinite([*outputs.values()]).all()
 
 
 @pytest.mark.parametrize("shape", [(17, 25, 31), (5, 40, 24)])
@@ -119,15 +131,25 @@ def test_resumed_training_equals_an_uninterrupted_one(data_sets, tmp_path, monke
     assert whole.optimizer.param_groups[0]["lr"] == resumed.optimizer.param_groups[0]["lr"]
 
 
-def test_compiled_step_equals_an_eager_one(build, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "configuration"), [(KMax, "3d_fullres"), (SelfRegUXNet, "3d_fullres"), (SelfRegSwin, "2d")]
+)
+def test_compiled_step_equals_an_eager_one(family, configuration, build, monkeypatch):
     """nnU-Net compiles on CUDA only; here it is made to on the CPU, without the minutes of code generation, but with
     its decompositions: without them torch guesses the layout of layer norm's gradient wrong."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
-    eager, compiled = build(KMax), build(KMax, _do_i_compile=lambda _: True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition", fullgraph=True))
+    eager = build(family, configuration, activation_checkpointing=True)
+    compiled = build(family, configuration, activation_checkpointing=True, _do_i_compile=lambda _: True)
     loader, _ = eager.get_dataloaders()
     batch = next(loader)
-    results = [trainer.train_step(batch)["loss"] for trainer in (eager, compiled)]
-    assert results[1] == pytest.approx(results[0], rel=1e-4)
+    outputs = []
+    for trainer in (eager, compiled):
+        torch.manual_seed(1)  # SelfReg draws channels
+        outputs.append([*trainer.train_step(batch).values()])
+    np.testing.assert_allclose(*outputs, rtol=1e-4)
+    for mine, theirs in zip(compiled.network.parameters(), eager.network.parameters(), strict=True):
+        expected = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad  # as of a head without weight
+        torch.testing.assert_close(mine.grad, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_attributes_reach_the_network(build):
@@ -234,7 +256,16 @@ def test_plan_with_two_stages_is_an_error(family, build):
 
 
 def test_swin_takes_a_plan_with_two_stages(build):
-    assert one_step(build(Swin, "2d", change=two_stages))["loss"] is not None
+    assert np.isfinite(one_step(build(Swin, "2d", change=two_stages))["loss"])
+
+
+def test_without_its_extra_swin_alone_is_an_error(build, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "monai"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "monai", None)
+    with pytest.raises(ModuleNotFoundError, match=r'needs monai.*pip install "nnunetv2-selfreg\[swin\]"'):
+        build(Swin, "2d")
+    build(UXNet, "2d")
 
 
 @pytest.mark.parametrize("family", [UXNet, KMax])
@@ -266,5 +297,5 @@ def test_kmax_without_deep_supervision_is_an_error(build):
             self.enable_deep_supervision = False
             super().initialize()
 
-    with pytest.raises(NotImplementedError, match="with deep supervision only"):
+    with pytest.raises(NotImplementedError, match=r"with deep supervision only.*or use nnUNetTrainerUXNet"):
         build(NoDeepSupervision)

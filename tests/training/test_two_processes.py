@@ -98,12 +98,20 @@ TERMS = {
     "nnUNetTrainerDualTask": {"segmentation", "distance", "consistency"},
     "nnUNetTrainerSelfRegDualTaskMutual": {"segmentation", "scr", "ifd", "distance_dice", "consistency"},
     "nnUNetTrainerTinySelfRegSwinUNETR": {"segmentation", "scr", "ifd"},
-    "nnUNetTrainerTinyKMaxUXNet": {"segmentation", "convolutional", "query_distribution"},
+    "nnUNetTrainerTinyUXNet": set(),
+    "nnUNetTrainerTinySwinUNETR": set(),
+    "nnUNetTrainerTinySelfRegUXNet": {"segmentation", "scr", "ifd"},
+    "nnUNetTrainerTinyKMaxUXNet": {"query_segmentation", "convolutional", "query_distribution"},
 }
+
+
+PARTS_OF_OTHERS = ("nnUNetTrainerTinyUXNet", "nnUNetTrainerTinySwinUNETR", "nnUNetTrainerTinySelfRegUXNet")
 
 
 @pytest.fixture(scope="module", params=TERMS)
 def ranks(request, data_sets):
+    if request.param in PARTS_OF_OTHERS and not request.config.getoption("--commands"):
+        pytest.skip("make test-matrix runs this one")
     trainer = f"{request.param}_{EPOCHS}epochs_{ITERATIONS}iters"
     labels = "ignore" if "KMax" in request.param else "regions_ignore"  # clusters are no regions
     configuration = "2d" if "Swin" in request.param else "3d_fullres"  # where its padding takes long
