@@ -79,6 +79,7 @@ COPY_PASTE_TRIALS = {
 }
 NETWORKS = {
     STOCK: "stock nnU-Net",
+    "nnUNetTrainerAdamW": "stock network: AdamW, 5e-4",
     "nnUNetTrainerUXNetNarrow": "UX-Net: AdamW, 5e-4 (the default)",
     "nnUNetTrainerUXNetNarrowFast": "UX-Net: AdamW, 2e-3",
     "nnUNetTrainerUXNetNarrowSlow": "UX-Net: AdamW, 1e-4, as published",

@@ -4,6 +4,7 @@
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_selfreg.training.backbones import KMaxUXNetBackbone, SwinUNETRBackbone, UXNetBackbone
+from nnunetv2_selfreg.training.optimizers import WarmUpAdamW
 from nnunetv2_selfreg.training.selfreg import SelfRegularized
 
 
@@ -11,6 +12,10 @@ class StockOptimizer:
     """nnU-Net's SGD with momentum 0.99 and its learning rate of 0.01, without a warm-up."""
 
     configure_optimizers = nnUNetTrainer.configure_optimizers
+
+
+class nnUNetTrainerAdamW(WarmUpAdamW, nnUNetTrainer):
+    """The planned network with the optimiser of the others: what they gain may be its doing."""
 
 
 class nnUNetTrainerUXNetNarrow(UXNetBackbone, nnUNetTrainer):
