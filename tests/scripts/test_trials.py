@@ -68,6 +68,7 @@ DEFAULTS = {
 }
 
 NETWORKS = {
+    "AdamW": ("AdamW", 5e-4),
     "UXNetNarrow": ("AdamW", 5e-4),
     "UXNetNarrowSGD": ("SGD", 1e-2),
     "UXNetNarrowSlow": ("AdamW", 1e-4),
@@ -233,7 +234,7 @@ def test_variant_of_the_networks(variant, started):
     assert (type(trainer.optimizer).__name__, trainer.initial_lr) == NETWORKS[variant]
     full_resolution = next(part for part in reversed(trainer.network.decoder.seg_layers))
     channels = next(full_resolution.parameters()).shape[1]
-    assert channels == (12 if "Swin" in variant else 16)
+    assert channels == (12 if "Swin" in variant else 16 if "Narrow" in variant else 4)
 
 
 def test_stock_with_three_times_the_samples(started):
