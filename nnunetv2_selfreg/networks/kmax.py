@@ -160,16 +160,17 @@ class KMaxLayer(nn.Module):
     """k-means cross-attention, self-attention of the queries and a feed-forward block, each on a residual branch.
 
     The first is a step of k-means: each voxel belongs to the query with its largest mask logit, and each query moves by
-    a projection of its voxels' mean value. (Of an empty cluster that is 0, so its query moves by what norm and
-    projection make of that, as in the original.) No gradient passes through the assignment, so the mask logits learn
-    from their own loss alone.
+    a projection of its voxels' mean. (The original projects to values first; a mean of linear projections is the
+    projection of the mean, which needs no map of 256 channels. An empty cluster has the value 0, so its query moves by
+    what norm and projection make of that, as in the original.) No gradient passes through the assignment, so the mask
+    logits learn from their own loss alone.
     """
 
     def __init__(self, conv_op: type[nn.Module], channels: int) -> None:
         super().__init__()
         self.norm = ChannelNorm(channels)
         self.masks = MaskPredictor(conv_op, channels)
-        self.value = conv_op(channels, QUERY_WIDTH, 1)
+        self.value = nn.Linear(channels, QUERY_WIDTH, bias=False)
         self.update = nn.Sequential(nn.LayerNorm(QUERY_WIDTH), nn.Linear(QUERY_WIDTH, QUERY_WIDTH))
         self.attention = nn.Sequential(nn.LayerNorm(QUERY_WIDTH), SelfAttention())
         self.feed_forward = nn.Sequential(
@@ -183,7 +184,7 @@ class KMaxLayer(nn.Module):
         """The queries `(B, N, width)` after a step, and the mask logits `(B, N, *spatial)` of those before it."""
         feature = self.norm(feature)
         mask_logits = self.masks(queries, feature)
-        queries = queries + self.update(cluster_means(self.value(feature), hard_assignment(mask_logits)))
+        queries = queries + self.update(self.value(cluster_means(feature, hard_assignment(mask_logits))))
         queries = queries + self.attention(queries)
         return queries + self.feed_forward(queries), mask_logits
 

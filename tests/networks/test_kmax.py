@@ -111,6 +111,22 @@ def test_keys_of_any_size_are_normalised_in_half_precision(size):
     assert bool(logits.abs().sum() > 0) == (size > 0)
 
 
+def test_queries_move_by_the_mean_value_of_their_voxels():
+    torch.manual_seed(0)
+    layer = KMaxLayer(torch.nn.Conv2d, 4)
+    queries, feature = torch.randn(1, 3, 256), torch.randn(1, 4, 2, 3)
+    seen = []
+    layer.update.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
+    _, mask_logits = layer(queries, feature)
+    voxels = layer.norm(feature)[0].flatten(1).T
+    belongs = mask_logits[0].flatten(1).argmax(0)
+    assert len(belongs.unique()) > 1
+    for query in range(3):
+        values = layer.value(voxels[belongs == query])
+        expected = values.mean(0) if len(values) else torch.zeros(256)
+        torch.testing.assert_close(seen[0][query], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_hard_assignment_gets_no_gradient():
     """A layer's mask logits have no influence on its queries that a gradient could follow."""
     layer = KMaxLayer(torch.nn.Conv3d, 4)
