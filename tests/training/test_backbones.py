@@ -149,7 +149,9 @@ def test_compiled_step_equals_an_eager_one(family, configuration, build, monkeyp
     np.testing.assert_allclose(*outputs, rtol=1e-4)
     for mine, theirs in zip(compiled.network.parameters(), eager.network.parameters(), strict=True):
         expected = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad  # as of a head without weight
-        torch.testing.assert_close(mine.grad, expected, rtol=1e-3, atol=1e-5)
+        # a small element of a large gradient is a difference of large summands, whose order compilation changes
+        rounding = max(1e-5, 1e-3 * expected.abs().max().item())
+        torch.testing.assert_close(mine.grad, expected, rtol=1e-3, atol=rounding)
 
 
 def test_attributes_reach_the_network(build):
