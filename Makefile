@@ -1,6 +1,7 @@
 # make demo [DATA=.../DatasetXXX_Name]   from raw images to contours, in an environment of its own
 # make test                              units, a cell or two of each trainer, SelfReg and copy-paste through nnU-Net's commands too
-# make test-matrix                       every cell of the trainer matrix through nnU-Net's commands, and every trainer in two processes
+# make test-matrix                       every cell of the trainer matrix through nnU-Net's commands, every trainer in two processes,
+#                                        and benchmarks that are killed
 # make lint
 PYTHON ?= python3
 SOURCES := pyproject.toml $(wildcard packaging/*) $(shell find nnunetv2_selfreg trainers -name '*.py')
@@ -10,11 +11,13 @@ SOURCES := pyproject.toml $(wildcard packaging/*) $(shell find nnunetv2_selfreg 
 demo: .venv-demo/installed
 	.venv-demo/bin/python scripts/demo.py $(if $(DATA),--data "$(DATA)")
 
+# A worker more than cores: they often wait, for processes that end or start.
 test: .venv-test/installed
-	.venv-test/bin/python -m pytest -n 2 --dist loadscope
+	.venv-test/bin/python -m pytest -n 3 --dist loadscope
 
 test-matrix: .venv-test/installed
-	.venv-test/bin/python -m pytest -n 2 --dist loadscope tests/trainers tests/training/test_two_processes.py --commands
+	.venv-test/bin/python -m pytest -n 3 --dist loadscope tests/trainers tests/training/test_two_processes.py \
+		tests/scripts/test_benchmark.py --commands
 
 lint: .venv-test/installed
 	.venv-test/bin/ruff check .

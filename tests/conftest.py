@@ -13,6 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 _session = tempfile.TemporaryDirectory(prefix="nnunetv2-selfreg-tests-")
 for _name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
     os.environ[_name] = str(Path(_session.name) / _name)
+# Of the process that starts pytest-xdist's workers, which inherit it.
+os.environ.setdefault("TESTS_DATA_SETS", _session.name + "/data_sets")
+Path(os.environ["TESTS_DATA_SETS"]).mkdir(exist_ok=True)
 os.environ.update(
     nnUNet_n_proc_DA="0",
     nnUNet_def_n_proc="1",
@@ -35,6 +38,15 @@ def pytest_addoption(parser):
     parser.addoption(
         "--commands", action="store_true", help="run every cell of the trainer matrix through nnU-Net's commands"
     )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "commands: minutes of nnU-Net's commands, which run with --commands alone")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("commands") and not item.config.getoption("--commands"):
+        pytest.skip("make test-matrix runs this")
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ import phantom
 import SimpleITK as sitk
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from filelock import FileLock
 
 SHAPE = (16, 24, 24)
 CASES, TEST_CASES = 6, 1
@@ -44,15 +45,26 @@ class DataSets:
     """Raw and preprocessed data sets of the session: one for each way to label, in 2D, 3D and as a cascade.
 
     Planned by nnU-Net once; then the networks are narrowed and a cascade is added, as nnU-Net's planner would for
-    larger images. nnU-Net's own preprocessor runs in this process.
+    larger images. nnU-Net's own preprocessor runs in this process. Tests may change theirs, so each of pytest-xdist's
+    workers has a copy of what the first of them has made.
     """
 
     @cache  # noqa: B019 (one instance a session)
     def name(self, variant: str) -> str:
         """The data set's name; it is made at the first call."""
+        name = f"Dataset{VARIANTS[variant][0]}_{variant}"
+        folders = [Path(os.environ[folder]) / name for folder in ("nnUNet_raw", "nnUNet_preprocessed")]
+        made = [Path(os.environ["TESTS_DATA_SETS"]) / folder.parent.name / name for folder in folders]
+        with FileLock(made[0].parents[1] / f"{name}.lock"):
+            origins, targets = (made, folders) if made[-1].exists() else (folders, made)
+            if origins is folders:
+                self._make(variant, name, folders[0])
+            for origin, target in zip(origins, targets, strict=True):
+                shutil.copytree(origin, target)
+        return name
+
+    def _make(self, variant: str, name: str, raw: Path) -> None:
         number, content = VARIANTS[variant]
-        name = f"Dataset{number}_{variant}"
-        raw = Path(os.environ["nnUNet_raw"]) / name
         phantom.write_dataset(raw, CASES, TEST_CASES, SHAPE, **content)
         if "ignore" in variant:
             for file in (raw / "labelsTr").iterdir():
@@ -62,7 +74,6 @@ class DataSets:
         else:
             _copy_plans(self.name("labels"), name)
         _preprocess(raw, name)
-        return name
 
 
 def _ignore_some_slices(file: Path) -> None:
