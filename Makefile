@@ -1,7 +1,6 @@
 # make demo [DATA=.../DatasetXXX_Name]   from raw images to contours, in an environment of its own
-# make test                              units, a cell or two of each trainer, SelfReg and copy-paste through nnU-Net's commands too
-# make test-matrix                       every cell of the trainer matrix through nnU-Net's commands, every trainer in two processes,
-#                                        and benchmarks that are killed
+# make test                              units, a cell or two of each trainer, one of them through nnU-Net's commands
+# make test-matrix                       all tests: every cell of the trainer matrix through nnU-Net's commands, and what else takes long
 # make lint
 PYTHON ?= python3
 SOURCES := pyproject.toml $(wildcard packaging/*) $(shell find nnunetv2_selfreg trainers -name '*.py')
@@ -16,8 +15,7 @@ test: .venv-test/installed
 	.venv-test/bin/python -m pytest -n 3 --dist loadscope
 
 test-matrix: .venv-test/installed
-	.venv-test/bin/python -m pytest -n 3 --dist loadscope tests/trainers tests/training/test_two_processes.py \
-		tests/scripts/test_benchmark.py --commands
+	.venv-test/bin/python -m pytest -n 3 --dist loadscope --commands
 
 lint: .venv-test/installed
 	.venv-test/bin/ruff check .

@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Set before nnU-Net is imported anywhere: it reads some of these once.
 _session = tempfile.TemporaryDirectory(prefix="nnunetv2-selfreg-tests-")
+# nnU-Net's picture of 3000 x 5400 pixels would take longer than the few steps of an epoch here.
+Path(_session.name, "matplotlibrc").write_text("savefig.dpi: 20\n")
 for _name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
     os.environ[_name] = str(Path(_session.name) / _name)
 # Of the process that starts pytest-xdist's workers, which inherit it.
@@ -21,6 +23,7 @@ os.environ.update(
     nnUNet_def_n_proc="1",
     nnUNet_extTrainer=os.pathsep.join([str(ROOT / "trainers"), str(ROOT / "tests" / "small_trainers")]),
     nnUNet_compile="f",
+    MATPLOTLIBRC=_session.name + "/matplotlibrc",
     OMP_NUM_THREADS="1",  # the networks are tiny: a second thread costs more than it brings
     PYTHONWARNINGS="ignore::FutureWarning",
 )
@@ -41,11 +44,11 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "commands: minutes of nnU-Net's commands, which run with --commands alone")
+    config.addinivalue_line("markers", "matrix: takes long; runs with --commands alone")
 
 
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("commands") and not item.config.getoption("--commands"):
+    if item.get_closest_marker("matrix") and not item.config.getoption("--commands"):
         pytest.skip("make test-matrix runs this")
 
 

@@ -37,7 +37,7 @@ def contour_figure(cases: Sequence[Case], path: Path, slices: int = 3) -> None:
         row[0].set_title(case.title, loc="left", fontsize=10)
     lines = [Line2D([], [], color=REFERENCE, label="reference"), Line2D([], [], color=PREDICTION, label="prediction")]
     figure.legend(handles=lines, loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path)
+    figure.savefig(path, dpi="figure")  # whatever the user's matplotlibrc says
 
 
 def _slices_with_foreground(reference: np.ndarray, count: int) -> list[int]:

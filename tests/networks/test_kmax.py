@@ -228,6 +228,7 @@ def test_200_steps_in_half_precision_stay_finite():
     assert losses[-1] < losses[0] - 1  # Dice is negative
 
 
+@pytest.mark.matrix
 def test_memory_at_128_cubed_stays_under_1_6_times_ux_nets():
     strides, kernels = [[1] * 3, *[[2] * 3] * 4], [[3] * 3] * 5
     ux_net, kmax = (

@@ -186,7 +186,7 @@ def wait_until(condition, seconds: float = 120) -> None:
         time.sleep(0.2)
 
 
-@pytest.mark.commands
+@pytest.mark.matrix
 def test_killed_benchmark_then_killed_training_with_workers(protocol, failing_trainers, monkeypatch):
     """The next benchmark waits for the training that was left behind; when that is killed too, its workers are ended,
     and the training goes on from its last checkpoint."""
@@ -459,7 +459,7 @@ def test_half_preprocessed_folder_is_made_anew_only_if_it_was_begun_here(protoco
     assert not begun.exists()
 
 
-@pytest.mark.commands
+@pytest.mark.matrix
 def test_killed_preparation_is_waited_for(protocol, monkeypatch):
     monkeypatch.setenv("nnUNet_preprocessed", str(protocol / "new"))
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # nnU-Net's planner sets so many threads

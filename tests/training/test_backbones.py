@@ -132,7 +132,12 @@ def test_resumed_training_equals_an_uninterrupted_one(data_sets, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    ("family", "configuration"), [(KMax, "3d_fullres"), (SelfRegUXNet, "3d_fullres"), (SelfRegSwin, "2d")]
+    ("family", "configuration"),
+    [
+        (SelfRegUXNet, "3d_fullres"),
+        pytest.param(KMax, "3d_fullres", marks=pytest.mark.matrix),
+        pytest.param(SelfRegSwin, "2d", marks=pytest.mark.matrix),
+    ],
 )
 def test_compiled_step_equals_an_eager_one(family, configuration, build, monkeypatch):
     """nnU-Net compiles on CUDA only; here it is made to on the CPU, without the minutes of code generation, but with

@@ -186,9 +186,11 @@ def test_further_outputs_of_a_step_and_a_missing_picture_do_no_harm(run):
     assert run.load()["current_epoch"] == 2
 
 
-def test_progress_picture_grows_by_the_panel_of_the_terms(run):
+def test_progress_picture_grows_by_the_panel_of_the_terms(run, monkeypatch):
+    import matplotlib
     from PIL import Image
 
+    monkeypatch.setitem(matplotlib.rcParams, "savefig.dpi", "figure")  # nnU-Net's size
     run.build().run_training()
     with Image.open(run.folder / "progress.png") as picture:
         assert picture.size == (3000, 5400 + 1800)
