@@ -338,7 +338,8 @@ def _run_command(name: str, arguments: Sequence[str], environment: Mapping[str, 
     sys.stdout.reconfigure(line_buffering=True)
     sys.argv = [name, *arguments]
     (entry,) = entry_points(group="console_scripts", name=name)
-    with quickly_started_workers("fork"):
+    # nnU-Net takes as many threads as there are cores, and what was forked after OpenMP started some waits for ever.
+    with quickly_started_workers("fork"), patch.object(torch, "set_num_threads"):
         sys.exit(entry.load()())
 
 
