@@ -15,7 +15,7 @@ from small_trainers.nnUNetTrainerTinyBackbones import (
     nnUNetTrainerTinySwinUNETR,
     nnUNetTrainerTinyUXNet,
 )
-from workspace import Run, initialised, two_stages, whole_and_resumed
+from workspace import Run, initialised, seed, two_stages, whole_and_resumed
 
 from nnunetv2_selfreg.networks.uxnet import UXBlock
 from nnunetv2_selfreg.training.backbones import KMaxUXNetBackbone, SwinUNETRBackbone, UXNetBackbone
@@ -145,6 +145,7 @@ def test_compiled_step_equals_an_eager_one(family, configuration, build, monkeyp
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition", fullgraph=True))
     eager = build(family, configuration, activation_checkpointing=True)
     compiled = build(family, configuration, activation_checkpointing=True, _do_i_compile=lambda _: True)
+    seed(0)
     loader, _ = eager.get_dataloaders()
     batch = next(loader)
     outputs = []
@@ -152,11 +153,11 @@ def test_compiled_step_equals_an_eager_one(family, configuration, build, monkeyp
         torch.manual_seed(1)  # SelfReg draws channels
         outputs.append([*trainer.train_step(batch).values()])
     np.testing.assert_allclose(*outputs, rtol=1e-4)
+    # Compilation changes the order of sums, so single elements of a gradient may differ more than the whole.
+    rounding = 1e-4 * torch.nn.utils.get_total_norm([p.grad for p in compiled.network.parameters()])
     for mine, theirs in zip(compiled.network.parameters(), eager.network.parameters(), strict=True):
         expected = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad  # as of a head without weight
-        # a small element of a large gradient is a difference of large summands, whose order compilation changes
-        rounding = max(1e-5, 1e-3 * expected.abs().max().item())
-        torch.testing.assert_close(mine.grad, expected, rtol=1e-3, atol=rounding)
+        assert (mine.grad - expected).norm() <= 1e-2 * expected.norm() + rounding
 
 
 def test_attributes_reach_the_network(build):
