@@ -131,8 +131,10 @@ def test_environment_behind_a_link(environment, tmp_path):
     done = environment.run("-m", "nnunetv2_selfreg.cli", "trainers", python=link / "bin" / "python")
     assert done.returncode == 0
     assert "nnunetv2_selfreg.pth extends nnUNet_extTrainer" in done.stdout
+    assert "nnUNetTrainerSelfReg " in done.stdout
 
 
+@pytest.mark.parametrize("environment", ["editable"], indirect=True)  # the regular one is asked behind a link
 def test_trainers_command_says_that_and_how_they_are_found(environment):
     done = environment.run("-m", "nnunetv2_selfreg.cli", "trainers")
     assert done.returncode == 0, done.stderr

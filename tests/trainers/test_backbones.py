@@ -12,7 +12,6 @@ class _Backbone(TrainerMatrix):
 class TestUXNet(_Backbone, TrainerContract):
     trainer = "nnUNetTrainerTinyUXNet"
     chosen = (("labels", "3d_fullres"),)
-    cascade_is_chosen = True
     tools_are_chosen = False
 
 

@@ -105,7 +105,12 @@ TERMS = {
 }
 
 
-PARTS_OF_OTHERS = ("nnUNetTrainerTinyUXNet", "nnUNetTrainerTinySwinUNETR", "nnUNetTrainerTinySelfRegUXNet")
+PARTS_OF_OTHERS = (
+    "nnUNetTrainerTinyUXNet",
+    "nnUNetTrainerTinySwinUNETR",
+    "nnUNetTrainerTinySelfRegUXNet",
+    "nnUNetTrainerTinySelfRegSwinUNETR",
+)
 
 
 @pytest.fixture(scope="module", params=TERMS)
