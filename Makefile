@@ -1,5 +1,5 @@
 # make demo [DATA=.../DatasetXXX_Name]   from raw images to contours, in an environment of its own
-# make test                              units, a cell or two of each trainer, one of them through nnU-Net's commands
+# make test                              units, some cells of each trainer, copy-paste through nnU-Net's commands and tools
 # make test-matrix                       all tests: every cell of the trainer matrix through nnU-Net's commands, and what else takes long
 # make lint
 PYTHON ?= python3
@@ -10,7 +10,7 @@ SOURCES := pyproject.toml $(wildcard packaging/*) $(shell find nnunetv2_selfreg 
 demo: .venv-demo/installed
 	.venv-demo/bin/python scripts/demo.py $(if $(DATA),--data "$(DATA)")
 
-# A worker more than cores: they often wait, for processes that end or start.
+# Three workers fill two cores: they often wait for processes that start or end.
 test: .venv-test/installed
 	.venv-test/bin/python -m pytest -n 3 --dist loadscope
 

@@ -15,7 +15,7 @@ _session = tempfile.TemporaryDirectory(prefix="nnunetv2-selfreg-tests-")
 Path(_session.name, "matplotlibrc").write_text("savefig.dpi: 20\n")
 for _name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
     os.environ[_name] = str(Path(_session.name) / _name)
-# Of the process that starts pytest-xdist's workers, which inherit it.
+# Shared: set by the process that starts pytest-xdist's workers, inherited by them.
 os.environ.setdefault("TESTS_DATA_SETS", _session.name + "/data_sets")
 Path(os.environ["TESTS_DATA_SETS"]).mkdir(exist_ok=True)
 os.environ.update(
@@ -39,12 +39,14 @@ multiprocessing.set_forkserver_preload(
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--commands", action="store_true", help="run every cell of the trainer matrix through nnU-Net's commands"
+        "--commands",
+        action="store_true",
+        help="run the tests that take long too, and every cell of the trainer matrix through nnU-Net's commands",
     )
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "matrix: takes long; runs with --commands alone")
+    config.addinivalue_line("markers", "matrix: takes long, runs only with --commands")
 
 
 def pytest_runtest_setup(item):

@@ -162,7 +162,7 @@ def test_uninstalling_removes_it_all(wheel, tmp_path):
     environment = Environment(tmp_path / "environment", editable_nnunet=False)
     before = sorted(p.name for p in environment.site.iterdir())
     environment.pip("install", "--no-deps", str(wheel))
-    assert environment.variable() != "None"
+    assert environment.variable() == str(environment.site / "nnunetv2_selfreg" / "trainers")
     environment.pip("uninstall", "--yes", "nnunetv2-selfreg")
     assert sorted(p.name for p in environment.site.iterdir()) == before
     assert environment.variable() == "None"

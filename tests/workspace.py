@@ -55,12 +55,14 @@ class DataSets:
         name = f"Dataset{VARIANTS[variant][0]}_{variant}"
         folders = [Path(os.environ[folder]) / name for folder in ("nnUNet_raw", "nnUNet_preprocessed")]
         made = [Path(os.environ["TESTS_DATA_SETS"]) / folder.parent.name / name for folder in folders]
-        with FileLock(made[0].parents[1] / f"{name}.lock"):
-            origins, targets = (made, folders) if made[-1].exists() else (folders, made)
+        whole = made[0].parents[1] / f"{name}.whole"
+        with FileLock(whole.with_suffix(".lock")):
+            origins, targets = (made, folders) if whole.exists() else (folders, made)
             if origins is folders:
                 self._make(variant, name, folders[0])
             for origin, target in zip(origins, targets, strict=True):
-                shutil.copytree(origin, target)
+                shutil.copytree(origin, target, dirs_exist_ok=True)  # another worker may have failed half-way
+            whole.touch()
         return name
 
     def _make(self, variant: str, name: str, raw: Path) -> None:
@@ -338,7 +340,7 @@ def _run_command(name: str, arguments: Sequence[str], environment: Mapping[str, 
     sys.stdout.reconfigure(line_buffering=True)
     sys.argv = [name, *arguments]
     (entry,) = entry_points(group="console_scripts", name=name)
-    # nnU-Net takes as many threads as there are cores, and what was forked after OpenMP started some waits for ever.
+    # A process forked after OpenMP has started threads can hang; without this, nnU-Net starts one for each core.
     with quickly_started_workers("fork"), patch.object(torch, "set_num_threads"):
         sys.exit(entry.load()())
 

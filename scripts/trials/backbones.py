@@ -1,4 +1,4 @@
-"""Narrow networks for the benchmark's CPU scale, and the optimisers that docs/networks.md compares: found with
+"""Narrow networks for the benchmark's CPU scale, and optimisers to compare: found with
 `nnUNet_extTrainer=trainers:scripts/trials`. 16 channels at full resolution, as that scale's stock network has."""
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer

@@ -143,8 +143,9 @@ def test_compiled_step_equals_an_eager_one(family, configuration, build, monkeyp
     """nnU-Net compiles on CUDA only; here it is made to on the CPU, without the minutes of code generation, but with
     its decompositions: without them torch guesses the layout of layer norm's gradient wrong."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition", fullgraph=True))
-    eager = build(family, configuration, activation_checkpointing=True)
-    compiled = build(family, configuration, activation_checkpointing=True, _do_i_compile=lambda _: True)
+    attributes = {"activation_checkpointing": True, "layer_scale": 1.0}  # the default would hide UX-Net's blocks
+    eager = build(family, configuration, **attributes)
+    compiled = build(family, configuration, **attributes, _do_i_compile=lambda _: True)
     seed(0)
     loader, _ = eager.get_dataloaders()
     batch = next(loader)
@@ -154,7 +155,7 @@ def test_compiled_step_equals_an_eager_one(family, configuration, build, monkeyp
         outputs.append([*trainer.train_step(batch).values()])
     np.testing.assert_allclose(*outputs, rtol=1e-4)
     # Compilation changes the order of sums, so single elements of a gradient may differ more than the whole.
-    rounding = 1e-4 * torch.nn.utils.get_total_norm([p.grad for p in compiled.network.parameters()])
+    rounding = 1e-5 * torch.nn.utils.get_total_norm([p.grad for p in compiled.network.parameters()])
     for mine, theirs in zip(compiled.network.parameters(), eager.network.parameters(), strict=True):
         expected = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad  # as of a head without weight
         assert (mine.grad - expected).norm() <= 1e-2 * expected.norm() + rounding

@@ -105,12 +105,7 @@ TERMS = {
 }
 
 
-PARTS_OF_OTHERS = (
-    "nnUNetTrainerTinyUXNet",
-    "nnUNetTrainerTinySwinUNETR",
-    "nnUNetTrainerTinySelfRegUXNet",
-    "nnUNetTrainerTinySelfRegSwinUNETR",
-)
+PARTS_OF_OTHERS = ("nnUNetTrainerTinyUXNet", "nnUNetTrainerTinySwinUNETR", "nnUNetTrainerTinySelfRegUXNet")
 
 
 @pytest.fixture(scope="module", params=TERMS)
