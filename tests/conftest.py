@@ -50,8 +50,19 @@ def pytest_configure(config):
 
 
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("matrix") and not item.config.getoption("--commands"):
+    if item.get_closest_marker("matrix"):
+        leave_to_matrix(item.config)
+
+
+def leave_to_matrix(config) -> None:
+    if not config.getoption("--commands"):
         pytest.skip("make test-matrix runs this")
+
+
+@pytest.fixture
+def only_if_chosen(request):
+    """Skips a test whose class has not chosen it, like the marker `matrix`."""
+    return lambda chosen: chosen or leave_to_matrix(request.config)
 
 
 @pytest.fixture(scope="session")

@@ -52,9 +52,8 @@ class TrainerMatrix:
     """Whether the cascade runs without --commands."""
 
     @pytest.mark.parametrize(("variant", "configuration"), CELLS)
-    def test_trains_resumes_validates_and_predicts(self, variant, configuration, cells, tmp_path, request):
-        if (variant, configuration) not in self.chosen and not request.config.getoption("--commands"):
-            pytest.skip("make test-matrix runs this cell")
+    def test_trains_resumes_validates_and_predicts(self, variant, configuration, cells, tmp_path, only_if_chosen):
+        only_if_chosen((variant, configuration) in self.chosen)
         run = cells.trained(variant, configuration)
         self.check_training(run)
         cells.runner.predict(run, run.raw / "imagesTs", tmp_path)
@@ -62,9 +61,8 @@ class TrainerMatrix:
         if self.network_is_stock:
             self.check_stock_prediction(run, tmp_path, tmp_path / "stock")
 
-    def test_cascade(self, cells, tmp_path, request):
-        if not self.cascade_is_chosen and not request.config.getoption("--commands"):
-            pytest.skip("make test-matrix runs the cascade")
+    def test_cascade(self, cells, tmp_path, only_if_chosen):
+        only_if_chosen(self.cascade_is_chosen)
         if not self.trains_cascades:
             run = Run(cells.data_sets.name("labels"), "3d_cascade_fullres", self.trainer)
             with pytest.raises(NotImplementedError, match="3d_cascade_fullres"):
@@ -117,9 +115,8 @@ class TrainerContract(TrainerMatrix):
     tools_are_chosen = True
     """Whether tools and commands run without --commands: not for a trainer whose files are like another's."""
 
-    def test_tools_after_training(self, cells, tmp_path, monkeypatch, request):
-        if not self.tools_are_chosen and not request.config.getoption("--commands"):
-            pytest.skip("make test-matrix runs the tools")
+    def test_tools_after_training(self, cells, tmp_path, monkeypatch, only_if_chosen):
+        only_if_chosen(self.tools_are_chosen)
         flat, full = (cells.trained("labels", configuration) for configuration in ("2d", "3d_fullres"))
         found = command(
             "nnUNetv2_find_best_configuration", flat.data_set, "-c", "2d", "3d_fullres", "-tr", flat.trainer, "-f", "0"
@@ -132,10 +129,9 @@ class TrainerContract(TrainerMatrix):
         self.check_prediction(tmp_path / "ensemble")
         self.check_export_and_import(full, tmp_path, monkeypatch)
 
-    def test_one_cell_through_the_commands(self, data_sets, tmp_path, request):
+    def test_one_cell_through_the_commands(self, data_sets, tmp_path, only_if_chosen):
         """Killed and resumed, validated again, predicted; trained on all cases from these weights."""
-        if not self.tools_are_chosen and not request.config.getoption("--commands"):
-            pytest.skip("make test-matrix runs the commands")
+        only_if_chosen(self.tools_are_chosen)
         runner = Commands()
         run = Run(data_sets.name("labels"), "3d_fullres", f"{self.trainer}_2epochs_3iters")
         runner.train_and_interrupt(run)

@@ -21,9 +21,9 @@ class TestKMaxUXNet(_Backbone):
     chosen = (("ignore", "3d_fullres"),)
 
     @pytest.mark.parametrize(("variant", "configuration"), CELLS)
-    def test_trains_resumes_validates_and_predicts(self, variant, configuration, cells, tmp_path, request):
+    def test_trains_resumes_validates_and_predicts(self, variant, configuration, cells, tmp_path, only_if_chosen):
         if "regions" not in variant:
-            super().test_trains_resumes_validates_and_predicts(variant, configuration, cells, tmp_path, request)
+            super().test_trains_resumes_validates_and_predicts(variant, configuration, cells, tmp_path, only_if_chosen)
             return
         run = Run(cells.data_sets.name(variant), configuration, self.trainer)
         with pytest.raises(NotImplementedError, match=f"{run.data_set} has regions"):

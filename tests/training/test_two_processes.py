@@ -106,12 +106,11 @@ TERMS = {
 
 
 PARTS_OF_OTHERS = ("nnUNetTrainerTinyUXNet", "nnUNetTrainerTinySwinUNETR", "nnUNetTrainerTinySelfRegUXNet")
+CASES = [pytest.param(name, marks=pytest.mark.matrix if name in PARTS_OF_OTHERS else ()) for name in TERMS]
 
 
-@pytest.fixture(scope="module", params=TERMS)
+@pytest.fixture(scope="module", params=CASES)
 def ranks(request, data_sets):
-    if request.param in PARTS_OF_OTHERS and not request.config.getoption("--commands"):
-        pytest.skip("make test-matrix runs this one")
     trainer = f"{request.param}_{EPOCHS}epochs_{ITERATIONS}iters"
     labels = "ignore" if "KMax" in request.param else "regions_ignore"  # clusters are no regions
     configuration = "2d" if "Swin" in request.param else "3d_fullres"  # where its padding takes long
