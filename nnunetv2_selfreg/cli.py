@@ -126,7 +126,7 @@ def split(options: argparse.Namespace) -> int:
     print(f"Fold {number}: {sizes}. With your configuration instead of 3d_fullres:")
     print(f"labelled only    nnUNetv2_train {options.d} 3d_fullres {number} -tr nnUNetTrainer")
     needs = "" if fold["unlabeled"] else "    (after nnUNetv2_selfreg preprocess_unlabeled)"
-    print(f"semi-supervised  nnUNetv2_train {options.d} 3d_fullres {number} -tr nnUNetTrainerMeanTeacher{needs}")
+    print(f"semi-supervised  nnUNetv2_train {options.d} 3d_fullres {number} -tr nnUNetTrainerCopyPaste{needs}")
     return 0
 
 

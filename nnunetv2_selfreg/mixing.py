@@ -80,7 +80,7 @@ def at_size(values: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(values.float(), tuple(size), mode="nearest-exact").to(values.dtype)
 
 
-def largest_components(labels: Tensor, of_regions: bool) -> Tensor:
+def largest_components(labels: Tensor) -> Tensor:
     """Labels of which each class or region keeps its largest connected component in a sample.
 
     The rest becomes background. Largest is what has most voxels; neighbours touch, be it at a corner. Computed on the
@@ -88,7 +88,6 @@ def largest_components(labels: Tensor, of_regions: bool) -> Tensor:
 
     Args:
         labels: `(B, 1, *spatial)`, or boolean regions `(B, R, *spatial)`.
-        of_regions: which of the two.
 
     Returns:
         Of the same shape, dtype and device.
@@ -96,9 +95,10 @@ def largest_components(labels: Tensor, of_regions: bool) -> Tensor:
     before = labels.cpu().numpy()
     kept = np.zeros_like(before)
     for sample, channel in np.ndindex(before.shape[:2]):
-        values = before[sample, channel]
-        for label in [True] if of_regions else np.unique(values[values > 0]):
-            kept[sample, channel][_largest_component(values == label)] = label
+        values = before[sample, channel].astype(np.int32, copy=False)
+        for label, box in enumerate(ndimage.find_objects(values), start=1):
+            if box is not None:
+                kept[sample, channel][box][_largest_component(values[box] == label)] = label
     return torch.from_numpy(kept).to(labels.device)
 
 

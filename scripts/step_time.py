@@ -31,7 +31,6 @@ from machine import machine
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from nnunetv2_selfreg.training.copy_paste import CopyPaste
 from nnunetv2_selfreg.training.semi_supervised import SemiSupervised
 
 
@@ -116,7 +115,7 @@ def numbers_of_samples(trainer: SemiSupervised, seen: int) -> tuple[int, int]:
     Raises:
         ValueError: these are too few.
     """
-    passes = 2 if isinstance(trainer, CopyPaste) else 1  # its unlabelled samples are in two mixtures
+    passes = trainer.passes_of_unlabeled
     unlabeled = seen // (1 + passes)
     if not unlabeled:
         raise ValueError(f"{seen} samples are too few for {type(trainer).__name__}: -b {1 + passes} at least")

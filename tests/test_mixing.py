@@ -86,7 +86,7 @@ def test_largest_component_of_each_class_in_each_sample(size, regions):
     shape = (3, 2 if regions else 1, *size)
     labels = generator.random(shape) < 0.15 if regions else generator.choice(3, shape, p=[0.8, 0.1, 0.1])
     given = torch.from_numpy(labels.copy())
-    kept = largest_components(given, regions).numpy()
+    kept = largest_components(given).numpy()
     assert torch.equal(given, torch.from_numpy(labels))  # stays as it is
     assert kept.dtype == labels.dtype
     for sample, before in zip(kept, labels, strict=True):
@@ -99,5 +99,5 @@ def test_largest_component_of_each_class_in_each_sample(size, regions):
 
 def test_nothing_is_the_largest_component_of_nothing():
     nothing = torch.zeros(1, 1, 4, 4, dtype=torch.long)
-    assert torch.equal(largest_components(nothing, False), nothing)
-    assert torch.equal(largest_components(nothing.bool(), True), nothing.bool())
+    assert torch.equal(largest_components(nothing), nothing)
+    assert torch.equal(largest_components(nothing.bool()), nothing.bool())

@@ -40,11 +40,13 @@ class CopyPaste(WithTeacher):
     unlabeled_weight: float = 0.5
     """`w`, the published value."""
     warm_up: float = 0.1
-    """Share of the training in which the mixtures are of labelled samples."""
+    """Share of the training in which the mixtures are of labelled samples. If it is `ramp_up_length` or more, there is
+    no ramp: the unlabelled part has its full weight right after it."""
     largest_component: bool = False
     """Whether the teacher's labels keep only the largest connected component of each class or region (published; wrong
-    for structures of several parts). Computed on the CPU."""
+    for structures of several parts). Computed on the CPU, within the step."""
     ramp_up_length = 0.4
+    passes_of_unlabeled = 2
 
     def initialize(self) -> None:
         self._require_a_box()
@@ -52,23 +54,17 @@ class CopyPaste(WithTeacher):
         self._require("unlabeled_weight", 0 <= self.unlabeled_weight < math.inf, "finite and 0 at least")
         self._require("warm_up", 0 <= self.warm_up <= 1, "between 0 and 1")
         super().initialize()
-        self.partial_loss = self.build_partial_loss()
-        if self.warm_up > 0 and self.batch_size == 1:
-            self.print_to_log_file("One labelled sample a step: until the warm-up ends it is mixed with itself")
+        self.partial_loss = self._build_loss()
+        enable_ignoring(self.partial_loss, self.foreground)
+        fewest = self.configuration_manager.batch_size // (dist.get_world_size() if self.is_ddp else 1)
+        if self.warm_up > 0 and fewest == 1:
+            self.print_to_log_file("One labelled sample a step and GPU: until the warm-up ends it is mixed with itself")
 
     def _require_a_box(self) -> None:
         try:
             box_sides(self.configuration_manager.patch_size, self.box_ratio)
         except ValueError as error:
             raise ValueError(f"{type(self).__name__}.box_ratio: {error} ({self.configuration_name})") from error
-
-    def build_partial_loss(self) -> nn.Module:
-        """The loss of a part of the mixtures: that of the classes after this one, without what a class before it adds,
-        since SelfReg is to regularise once a step. (A class before it that is to change the loss of mixtures as well
-        overrides this method too.)"""
-        loss = super()._build_loss()
-        enable_ignoring(loss, self.foreground)
-        return loss
 
     @property
     def warming_up(self) -> bool:
@@ -93,8 +89,9 @@ class CopyPaste(WithTeacher):
         labeled, strong = batch["data"][: len(target[0])], batch["data"][len(target[0]) :]
         if not len(labeled):
             raise ValueError(f"{type(self).__name__} mixes with labelled samples; this batch has no labelled sample")
-        number = torch.arange(len(strong), device=strong.device)
-        first, second = ([values[(number + n) % len(labeled)] for values in (labeled, *target)] for n in (0, 1))
+        index = torch.arange(len(strong), device=strong.device)
+        first = [values[index % len(labeled)] for values in (labeled, *target)]
+        second = [values[(index + 1) % len(labeled)] for values in (labeled, *target)]
         masks = box_masks(len(strong), strong.shape[2:], self.box_ratio, strong.device)
         if self.warming_up:
             inward, outward = mix_all(first, second, masks), mix_all(second, first, masks)
@@ -116,7 +113,7 @@ class CopyPaste(WithTeacher):
         regions = self.foreground.regions
         labels = probabilities > 0.5 if regions else probabilities.argmax(1, keepdim=True)
         if self.largest_component:
-            labels = largest_components(labels, regions)
+            labels = largest_components(labels)
         ignored = torch.zeros_like(labels[:, : target[0].shape[1] - labels.shape[1]])  # of regions, a further channel
         labels = torch.cat((labels, ignored), 1)
         return [at_size(labels, scale.shape[2:]).to(scale.dtype) for scale in target]
@@ -154,8 +151,11 @@ class CopyPaste(WithTeacher):
         if self.is_ddp and self.configuration_manager.batch_dice and self.unlabeled_batch_size:
             # The Dice of the mixtures is summed over processes, sample by sample.
             processes = dist.get_world_size()
-            divisible = self.unlabeled_batch_size % processes == 0
-            self._require("unlabeled_batch_size", divisible, f"divisible by the number of processes, {processes}")
+            self._require(
+                "unlabeled_batch_size",
+                self.unlabeled_batch_size % processes == 0,
+                f"divisible by the number of processes, {processes}, which share the Dice of a batch here",
+            )
         return super()._unlabeled_of_this_rank()
 
 
@@ -172,8 +172,8 @@ def enable_ignoring(loss: nn.Module, foreground: Foreground) -> None:
         inner.ignore_label = inner.ce.ignore_index = foreground.ignored_label
     elif not isinstance(inner, DC_and_BCE_loss):
         raise NotImplementedError(
-            f"copy-paste needs nnU-Net's Dice and cross-entropy, of which it can leave out voxels; the loss here is "
-            f"{type(inner).__name__}"
+            "copy-paste needs nnU-Net's loss of Dice and cross-entropy, which can be made to ignore voxels; the loss "
+            f"here is {type(inner).__name__}"
         )
     elif not inner.use_ignore_label:
         inner.use_ignore_label = True

@@ -1,8 +1,8 @@
-"""SelfReg as a loss: the taps are set when nnU-Net builds its loss, and the training step stays as it is."""
+"""SelfReg as a loss: it wraps the one that nnU-Net has built, and the training step stays as it is."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from nnunetv2_selfreg.features import FeatureTaps
 from nnunetv2_selfreg.losses import SelfRegularizedLoss
@@ -30,12 +30,13 @@ class SelfRegularized(ReliableTraining):
     regularized_loss: type[SelfRegularizedLoss] = SelfRegularizedLoss
     """Computes the terms and adds them; a subclass of it may compute them in another way."""
 
-    def _build_loss(self) -> nn.Module:
-        loss = super()._build_loss()
+    def initialize(self) -> None:
+        # Not in _build_loss: that stays the segmentation loss, of which a trainer may build further ones.
+        super().initialize()
         if self.lambda_scr == self.lambda_ifd == 0:
-            return loss
-        return self.regularized_loss(
-            loss,
+            return
+        self.loss = self.regularized_loss(
+            self.loss,
             self.feature_taps(self.network),
             self.lambda_scr,
             self.lambda_ifd,

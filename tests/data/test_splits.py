@@ -92,7 +92,7 @@ def test_fold_is_appended_and_the_lines_to_train_are_printed(folder, capsys):
     assert read(folder) == [*own, {"train": CASES[:2], "unlabeled": CASES[2:5], "val": CASES[5:6]}]
     printed = capsys.readouterr().out
     assert printed.startswith("Fold 2: 2 labelled, 3 unlabelled, 1 for validation")
-    for trainer in ("nnUNetTrainer", "nnUNetTrainerMeanTeacher"):
+    for trainer in ("nnUNetTrainer", "nnUNetTrainerCopyPaste"):
         assert f"nnUNetv2_train 5 3d_fullres 2 -tr {trainer}\n" in printed
     assert cli.main(["split", "-d", folder.name, "--labeled", "0.5", "--seed", "3"]) == 0
     assert read(folder)[:2] == own
@@ -167,7 +167,7 @@ def test_data_set_that_is_not_there(folder, capsys):
 
 def test_fold_without_unlabelled_cases_says_what_is_missing(folder, capsys):
     assert cli.main(["split", "-d", "5", "--labeled", "5", "--val", "1"]) == 0
-    assert "nnUNetTrainerMeanTeacher    (after nnUNetv2_selfreg preprocess_unlabeled)" in capsys.readouterr().out
+    assert "nnUNetTrainerCopyPaste    (after nnUNetv2_selfreg preprocess_unlabeled)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("missing", ["dataset.json", "gt_segmentations"])

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.loss.nnUNetTrainerCELoss import nnUNetTrainerCELoss
 from nnunetv2.training.nnUNetTrainer.variants.loss.nnUNetTrainerTopkLoss import nnUNetTrainerDiceTopK10Loss
 from torch import distributed as dist
-from workspace import Run, start, weights, whole_and_resumed
+from workspace import Run, seed, start, weights, whole_and_resumed
 
 from nnunetv2_selfreg.errors import CommandError
 from nnunetv2_selfreg.mixing import at_size
@@ -322,9 +323,16 @@ def test_impossible_box_is_named_with_its_setting(ratio, problem, run):
         trainer.initialize()
 
 
-@pytest.mark.parametrize(("batch_size", "warm_up", "told"), [(1, 0.1, True), (1, 0.0, False), (2, 0.1, False)])
-def test_log_tells_that_one_sample_is_mixed_with_itself(batch_size, warm_up, told, run):
+ALONE = [(1, 1, 0.1, True), (1, 1, 0.0, False), (2, 1, 0.1, False), (3, 2, 0.1, True), (4, 2, 0.1, False)]
+
+
+@pytest.mark.parametrize(("batch_size", "processes", "warm_up", "told"), ALONE)
+def test_log_tells_that_one_sample_is_mixed_with_itself(batch_size, processes, warm_up, told, run, monkeypatch):
     trainer = run.build()
+    if processes > 1:  # as in the first of them
+        build = nnUNetTrainer.initialize
+        monkeypatch.setattr(nnUNetTrainer, "initialize", lambda self: build(self) or setattr(self, "is_ddp", True))
+        monkeypatch.setattr(dist, "get_world_size", lambda: processes)
     trainer.configuration_manager.configuration["batch_size"], trainer.warm_up = batch_size, warm_up
     trainer.initialize()
     assert ("mixed with itself" in Path(trainer.log_file).read_text()) == told
@@ -365,6 +373,22 @@ def test_loss_that_cannot_ignore_is_named(base, name, data_sets, results):
         trainer.initialize()
 
 
+def test_another_loss_serves_the_mixtures_too(data_sets, results):
+    class DiceAlone(CopyPaste, nnUNetTrainer):
+        def _build_loss(self):
+            loss = super()._build_loss()
+            loss.loss.weight_ce = 0
+            return loss
+
+    built = Run(data_sets.name("labels"), "2d", NAME).build()
+    plans = {**built.plans_manager.plans, "continue_training": False}
+    trainer = DiceAlone(plans, "2d", 0, built.dataset_json, torch.device("cpu"))
+    trainer.initialize()
+    assert trainer.loss.loss.weight_ce == trainer.partial_loss.loss.weight_ce == 0
+    assert trainer.loss.loss.ignore_label is None
+    assert trainer.partial_loss.loss.ignore_label is not None
+
+
 def test_number_of_unlabelled_samples_must_be_positive(run):
     trainer = run.build()
     trainer.unlabeled_batch_size = 0
@@ -398,6 +422,29 @@ def test_loss_in_mixed_precision(variant, data_sets, results):
             losses.append(float(trainer.loss_of(batch)))
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     assert losses[1] != losses[0]
+
+
+def test_compiled_training_is_the_eager_one(data_sets, results, monkeypatch):
+    """Compiled as on a GPU, by the backend that generates no code; teacher and SelfReg's hooks too."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    run = Run(data_sets.name("regions_ignore"), "2d", "nnUNetTrainerSelfRegCopyPaste_4epochs_2iters")
+    batches, runs = [], []
+    for compiled in (False, True):
+        seed(0)
+        trainer = run.build()
+        if compiled:
+            trainer._do_i_compile = lambda: True
+        trainer = after_warm_up(trainer)
+        batches = batches or [next(trainer.dataloader_train) for _ in range(2)]
+        seed(1)  # boxes and SelfReg's channels
+        steps = [trainer.train_step(copy.deepcopy(batch)) for batch in batches]
+        validation = trainer.validation_step(copy.deepcopy({**batches[0], "data": batches[0]["data"][:2]}))
+        modules = (trainer.network, trainer.teacher.module)
+        runs.append((steps, validation, [weights(module) for module in modules]))
+    assert isinstance(trainer._run_teacher, torch._dynamo.OptimizedModule)
+    torch.testing.assert_close(runs[1], runs[0], rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
 
 
 def test_resumed_training_equals_one_without_interruption(run, tmp_path, monkeypatch):
