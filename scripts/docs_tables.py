@@ -70,6 +70,7 @@ COPY_PASTE_TRIALS = {
     f"{COPY_PASTE}NoWarmUp": "no warm-up",
     f"{COPY_PASTE}LongWarmUp": "warm-up of 40 %, ramp until 70 %",
     f"{COPY_PASTE}LabeledOnly": "warm-up to the end: labelled samples alone",
+    f"{COPY_PASTE}Unmixed": "labelled samples alone, repeated instead of mixed",
     f"{COPY_PASTE}NoRamp": "no ramp, as published",
     f"{COPY_PASTE}NoTeacher": "no teacher: the network labels, and predicts",
     f"{COPY_PASTE}OwnLabels": "the network labels, its average predicts",

@@ -3,6 +3,7 @@
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunetv2_selfreg.data.foreground import as_list
 from nnunetv2_selfreg.training.copy_paste import CopyPaste
 
 
@@ -59,6 +60,20 @@ class nnUNetTrainerCopyPasteLabeledOnly(CopyPaste, nnUNetTrainer):
     """Mixtures of labelled samples to the end: an augmentation, without any unlabelled voxel."""
 
     warm_up = 1.0
+
+
+class nnUNetTrainerCopyPasteUnmixed(CopyPaste, nnUNetTrainer):
+    """Labelled samples again in the place of their mixtures: the same losses and the average, but nothing pasted."""
+
+    warm_up = 1.0
+
+    def student_batch(self, batch):
+        mixed, target = super().student_batch(batch), as_list(batch["target"])
+        labeled = batch["data"][: len(target[0])]
+        index = torch.arange(len(mixed["other_part"]) // 2)
+        index = torch.cat((index, index + 1)) % len(labeled)
+        again = {"data": torch.cat((labeled, labeled[index])), "mixed_target": [scale[index] for scale in target]}
+        return {**mixed, **again}
 
 
 class nnUNetTrainerCopyPasteNoRamp(CopyPaste, nnUNetTrainer):

@@ -49,6 +49,7 @@ COPY_PASTE = {
     "NoWarmUp": {"warm_up": 0},
     "LongWarmUp": {"warm_up": 0.4, "ramp_up_length": 0.7},
     "LabeledOnly": {"warm_up": 1},
+    "Unmixed": {"warm_up": 1},
     "NoRamp": {"ramp_up_length": 1e-6},
     "NoTeacher": {"ema_decay": 0},
     "OwnLabels": {},
@@ -196,8 +197,11 @@ def test_variant_of_copy_paste(variant, started):
         rel=1e-4,
     )
     student = seen[-1]
-    if variant == "LabeledOnly":
+    if trainer.warm_up == 1:
         assert not asked
+        labeled = student[: len(student) - 2 * count]
+        pairs = [torch.equal(again, labeled[n % len(labeled)]) for n, again in enumerate(student[-2 * count : -count])]
+        assert set(pairs) == {variant == "Unmixed"}
         return
     assert torch.equal(asked[0], strong if variant == "OneView" else weak)
     pasted = weak if variant == "WeakViews" else strong
