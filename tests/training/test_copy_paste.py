@@ -358,6 +358,13 @@ def test_uneven_shares_are_refused_where_processes_share_their_dice(data_sets, r
             trainer._unlabeled_of_this_rank()
 
 
+def of_class(trainer_class: type, data_sets):
+    """A trainer of a class that nnU-Net does not find by its name."""
+    built = Run(data_sets.name("labels"), "2d", NAME).build()
+    plans = {**built.plans_manager.plans, "continue_training": False}
+    return trainer_class(plans, "2d", 0, built.dataset_json, torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("base", "name"),
     [(nnUNetTrainerCELoss, "RobustCrossEntropyLoss"), (nnUNetTrainerDiceTopK10Loss, "DC_and_topk_loss")],
@@ -366,9 +373,7 @@ def test_loss_that_cannot_ignore_is_named(base, name, data_sets, results):
     class OtherLoss(CopyPaste, base):
         pass
 
-    built = Run(data_sets.name("labels"), "2d", NAME).build()
-    plans = {**built.plans_manager.plans, "continue_training": False}
-    trainer = OtherLoss(plans, "2d", 0, built.dataset_json, torch.device("cpu"))
+    trainer = of_class(OtherLoss, data_sets)
     with pytest.raises(NotImplementedError, match=f"the loss here is {name}"):
         trainer.initialize()
 
@@ -380,9 +385,7 @@ def test_another_loss_serves_the_mixtures_too(data_sets, results):
             loss.loss.weight_ce = 0
             return loss
 
-    built = Run(data_sets.name("labels"), "2d", NAME).build()
-    plans = {**built.plans_manager.plans, "continue_training": False}
-    trainer = DiceAlone(plans, "2d", 0, built.dataset_json, torch.device("cpu"))
+    trainer = of_class(DiceAlone, data_sets)
     trainer.initialize()
     assert trainer.loss.loss.weight_ce == trainer.partial_loss.loss.weight_ce == 0
     assert trainer.loss.loss.ignore_label is None
