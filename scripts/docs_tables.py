@@ -66,7 +66,7 @@ COPY_PASTE_TRIALS = {
     f"{COPY_PASTE}Unlabeled0": "unlabelled part without weight",
     f"{COPY_PASTE}Unlabeled1": "unlabelled part with weight 1",
     f"{COPY_PASTE}Mixture1": "mixtures with weight 1",
-    f"{COPY_PASTE}MixturesOnly": "mixtures alone with weight 1: 4 samples a step",
+    f"{COPY_PASTE}MixturesOnly": "mixtures alone, with weight 1: two thirds of the samples a step",
     f"{COPY_PASTE}NoWarmUp": "no warm-up",
     f"{COPY_PASTE}LongWarmUp": "warm-up of 40 %, ramp until 70 %",
     f"{COPY_PASTE}LabeledOnly": "warm-up to the end: labelled samples alone",

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,17 @@ def leave_to_matrix(config) -> None:
 def only_if_chosen(request):
     """Skips a test whose class has not chosen it, like the marker `matrix`."""
     return lambda chosen: chosen or leave_to_matrix(request.config)
+
+
+@pytest.fixture
+def compiling_without_code(monkeypatch):
+    """`torch.compile` with a backend that generates no code, which would take minutes."""
+    import torch
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

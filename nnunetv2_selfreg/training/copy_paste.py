@@ -56,7 +56,8 @@ class CopyPaste(WithTeacher):
         super().initialize()
         self.partial_loss = self._build_loss()
         enable_ignoring(self.partial_loss, self.foreground)
-        fewest = self.configuration_manager.batch_size // (dist.get_world_size() if self.is_ddp else 1)
+        whole = self.configuration_manager.batch_size
+        fewest = whole // dist.get_world_size() if self.is_ddp else self.batch_size
         if self.warm_up > 0 and fewest == 1:
             self.print_to_log_file("One labelled sample a step and GPU: until the warm-up ends it is mixed with itself")
 
@@ -89,9 +90,7 @@ class CopyPaste(WithTeacher):
         labeled, strong = batch["data"][: len(target[0])], batch["data"][len(target[0]) :]
         if not len(labeled):
             raise ValueError(f"{type(self).__name__} mixes with labelled samples; this batch has no labelled sample")
-        index = torch.arange(len(strong), device=strong.device)
-        first = [values[index % len(labeled)] for values in (labeled, *target)]
-        second = [values[(index + 1) % len(labeled)] for values in (labeled, *target)]
+        first, second = self.pairs([labeled, *target], len(strong))
         masks = box_masks(len(strong), strong.shape[2:], self.box_ratio, strong.device)
         if self.warming_up:
             inward, outward = mix_all(first, second, masks), mix_all(second, first, masks)
@@ -105,6 +104,14 @@ class CopyPaste(WithTeacher):
             "mixed_target": mixed_target,
             "other_part": torch.cat((~masks, masks)),
         }
+
+    @staticmethod
+    def pairs(labeled: Sequence[Tensor], count: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Of the labelled samples, given as images and targets at every scale, `count` for `x_l` and `count` for
+        `x_l'`, different ones where there are two."""
+        index = torch.arange(count)
+        first, second = ([values[(index + shift) % len(values)] for values in labeled] for shift in (0, 1))
+        return first, second
 
     def pseudo_labels(self, weak: Tensor, target: Sequence[Tensor]) -> list[Tensor]:
         """The teacher's labels of the weak views `(U, C, *spatial)`, in the form and at the scales of `target`: labels

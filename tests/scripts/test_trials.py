@@ -8,6 +8,7 @@ import pytest
 import torch
 from workspace import Run
 
+from nnunetv2_selfreg.data.foreground import as_list
 from nnunetv2_selfreg.features import FeatureTaps
 
 FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "trials"
@@ -199,9 +200,12 @@ def test_variant_of_copy_paste(variant, started):
     student = seen[-1]
     if trainer.warm_up == 1:
         assert not asked
-        labeled = student[: len(student) - 2 * count]
-        pairs = [torch.equal(again, labeled[n % len(labeled)]) for n, again in enumerate(student[-2 * count : -count])]
-        assert set(pairs) == {variant == "Unmixed"}
+        made = trainer.student_batch(batch)
+        labeled = len(batch["data"]) - count
+        index = torch.cat((torch.arange(count), torch.arange(count) + 1)) % labeled
+        again = torch.equal(made["data"][-2 * count :], batch["data"][index])
+        same_targets = map(torch.equal, made["mixed_target"], [scale[index] for scale in as_list(batch["target"])])
+        assert {again, *same_targets} == {variant == "Unmixed"}
         return
     assert torch.equal(asked[0], strong if variant == "OneView" else weak)
     pasted = weak if variant == "WeakViews" else strong

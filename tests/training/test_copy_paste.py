@@ -2,7 +2,6 @@
 
 import copy
 import shutil
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -427,10 +426,9 @@ def test_loss_in_mixed_precision(variant, data_sets, results):
     assert losses[1] != losses[0]
 
 
-def test_compiled_training_is_the_eager_one(data_sets, results, monkeypatch):
-    """Compiled as on a GPU, by the backend that generates no code; teacher and SelfReg's hooks too."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+@pytest.mark.usefixtures("compiling_without_code")
+def test_compiled_training_is_the_eager_one(data_sets, results):
+    """Compiled as on a GPU; teacher and SelfReg's hooks too, and with a validation between two steps."""
     run = Run(data_sets.name("regions_ignore"), "2d", "nnUNetTrainerSelfRegCopyPaste_4epochs_2iters")
     batches, runs = [], []
     for compiled in (False, True):
@@ -441,13 +439,15 @@ def test_compiled_training_is_the_eager_one(data_sets, results, monkeypatch):
         trainer = after_warm_up(trainer)
         batches = batches or [next(trainer.dataloader_train) for _ in range(2)]
         seed(1)  # boxes and SelfReg's channels
-        steps = [trainer.train_step(copy.deepcopy(batch)) for batch in batches]
+        first = trainer.train_step(copy.deepcopy(batches[0]))
+        trainer.on_validation_epoch_start()
         validation = trainer.validation_step(copy.deepcopy({**batches[0], "data": batches[0]["data"][:2]}))
+        trainer.on_train_epoch_start()
+        second = trainer.train_step(copy.deepcopy(batches[1]))
         modules = (trainer.network, trainer.teacher.module)
-        runs.append((steps, validation, [weights(module) for module in modules]))
-    assert isinstance(trainer._run_teacher, torch._dynamo.OptimizedModule)
+        runs.append((first, validation, second, [weights(module) for module in modules]))
+    assert all(isinstance(part, torch._dynamo.OptimizedModule) for part in (trainer.network, trainer._run_teacher))
     torch.testing.assert_close(runs[1], runs[0], rtol=1e-4, atol=1e-5)
-    torch._dynamo.reset()
 
 
 def test_resumed_training_equals_one_without_interruption(run, tmp_path, monkeypatch):

@@ -170,29 +170,25 @@ def test_gradient_scaler_serves_both_optimisers(run):
     assert scaler.calls == [("unscale", first), ("step", first), ("unscale", second), ("step", second), ("update",)]
 
 
+@pytest.mark.usefixtures("compiling_without_code")
 def test_compiled_training_is_the_eager_one(run):
-    """Compiled as on a GPU, by the backend that generates no code; the module beside the network too."""
-    torch._dynamo.reset()
-    compile_ = torch.compile
+    """Compiled as on a GPU; the module beside the network too."""
     steps = []
     for compiled in (False, True):
         torch.manual_seed(0)
         trainer = run.build()
         if compiled:
             trainer._do_i_compile = lambda: True
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "compile", lambda module, **kw: compile_(module, **{**kw, "backend": "aot_eager"}))
-            trainer = start(trainer)
-            batch = steps[0][0] if steps else next(trainer.dataloader_train)
-            torch.manual_seed(2)
-            for part in (trainer.network, trainer.distance_module):
-                for parameter in part.parameters():
-                    torch.nn.init.normal_(parameter, std=0.1)
-            loss = float(trainer.train_step(copy.deepcopy(batch))["loss"])
-            steps.append((batch, loss, weights(trainer.network), weights(trainer.distance_module)))
+        trainer = start(trainer)
+        batch = steps[0][0] if steps else next(trainer.dataloader_train)
+        torch.manual_seed(2)
+        for part in (trainer.network, trainer.distance_module):
+            for parameter in part.parameters():
+                torch.nn.init.normal_(parameter, std=0.1)
+        loss = float(trainer.train_step(copy.deepcopy(batch))["loss"])
+        steps.append((batch, loss, weights(trainer.network), weights(trainer.distance_module)))
     assert isinstance(trainer.distance_module, torch._dynamo.OptimizedModule)
     torch.testing.assert_close(steps[1][1:], steps[0][1:], rtol=1e-4, atol=1e-5)
-    torch._dynamo.reset()
 
 
 def test_schedule_follows_the_networks(run):

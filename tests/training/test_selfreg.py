@@ -2,7 +2,6 @@
 
 import math
 import weakref
-from functools import partial
 
 import pytest
 import torch
@@ -160,9 +159,9 @@ def test_residual_encoder_and_deep_supervision(build, batches, deep_supervision)
     assert outputs["ifd"] > 0
 
 
-def test_compiled_network(build, batches, monkeypatch):
-    """nnU-Net compiles on CUDA only; here it is made to on the CPU, without the minutes of code generation."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+@pytest.mark.usefixtures("compiling_without_code")
+def test_compiled_network(build, batches):
+    """nnU-Net compiles on CUDA only; here it is made to on the CPU."""
 
     class Compiled(SelfReg):
         def _do_i_compile(self):
