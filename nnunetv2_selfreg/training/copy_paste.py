@@ -30,7 +30,8 @@ class CopyPaste(WithTeacher):
     Published: a training with labelled patches in one another, then another one with these mixtures alone, without a
     ramp. Our decisions: one training, in whose first tenth `x_in = x_l M + x_l' (1 - M)`, and `x_out` is the other way
     round, with full weight; the ramp begins after it; the plain labelled samples stay in the batch; an unlabelled
-    sample is in both mixtures, published are two different ones.
+    sample is in both mixtures, published are two different ones; with `unlabeled_batch_size = 0` no unlabelled sample
+    is needed: the mixtures are of labelled ones to the end.
     """
 
     box_ratio: float = 2 / 3
@@ -47,6 +48,7 @@ class CopyPaste(WithTeacher):
     for structures of several parts). Computed on the CPU, within the step."""
     ramp_up_length = 0.4
     passes_of_unlabeled = 2
+    _needs_unlabeled = False
 
     def initialize(self) -> None:
         self._require_a_box()
@@ -58,8 +60,10 @@ class CopyPaste(WithTeacher):
         enable_ignoring(self.partial_loss, self.foreground)
         whole = self.configuration_manager.batch_size
         fewest = whole // dist.get_world_size() if self.is_ddp else self.batch_size
-        if self.warm_up > 0 and fewest == 1:
-            self.print_to_log_file("One labelled sample a step and GPU: until the warm-up ends it is mixed with itself")
+        if self.warming_up and fewest == 1:
+            self.print_to_log_file(
+                "One labelled sample a step and GPU: where no other is pasted it is mixed with itself"
+            )
 
     def _require_a_box(self) -> None:
         try:
@@ -69,7 +73,8 @@ class CopyPaste(WithTeacher):
 
     @property
     def warming_up(self) -> bool:
-        return self.progress < self.warm_up
+        """Whether this step's mixtures are of labelled samples: to the end if there are no others."""
+        return self.unlabeled_batch_size == 0 or self.progress < self.warm_up
 
     @property
     def ramp(self) -> float:
@@ -79,9 +84,9 @@ class CopyPaste(WithTeacher):
         return gaussian_ramp_up(self.progress - self.warm_up, self.ramp_up_length - self.warm_up)
 
     def student_batch(self, batch: dict) -> dict:
-        """The labelled samples, then for each unlabelled one the mixture `x_in`, then all `x_out`. Their targets are
-        `mixed_target` at every scale, the unlabelled sample's (in the warm-up the second labelled one's) where
-        `other_part` `(2 U, 1, *spatial)` is True.
+        """The labelled samples, then for each unlabelled one (without any: for each labelled one) the mixture `x_in`,
+        then all `x_out`. Their targets are `mixed_target` at every scale, the unlabelled sample's (in the warm-up the
+        second labelled one's) where `other_part` `(2 U, 1, *spatial)` is True.
 
         Raises:
             ValueError: the batch has no labelled sample.
@@ -90,8 +95,9 @@ class CopyPaste(WithTeacher):
         labeled, strong = batch["data"][: len(target[0])], batch["data"][len(target[0]) :]
         if not len(labeled):
             raise ValueError(f"{type(self).__name__} mixes with labelled samples; this batch has no labelled sample")
-        first, second = self.pairs([labeled, *target], len(strong))
-        masks = box_masks(len(strong), strong.shape[2:], self.box_ratio, strong.device)
+        count = len(strong) or len(labeled)
+        first, second = self.pairs([labeled, *target], count)
+        masks = box_masks(count, labeled.shape[2:], self.box_ratio, labeled.device)
         if self.warming_up:
             inward, outward = mix_all(first, second, masks), mix_all(second, first, masks)
         else:

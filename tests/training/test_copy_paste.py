@@ -100,19 +100,39 @@ def test_mixtures_are_of_labelled_samples_until_the_warm_up_ends(labeled, unlabe
     trainer.warm_up = 0.25  # one epoch of four
     trainer.teacher_probabilities = None  # not asked
     batch = cut(next(trainer.dataloader_train), labeled, unlabeled)
+    require_mixtures_of_labeled(batch, trainer.student_batch(batch), unlabeled)
+
+
+def require_mixtures_of_labeled(batch: dict, student: dict, count: int) -> None:
+    """`count` in each direction."""
+    labeled = len(batch["target"][0])
     mine, target = batch["data"][:labeled], batch["target"][0]
-    student = trainer.student_batch(batch)
     mixtures, labels = student["data"][labeled:], student["mixed_target"][0]
-    box = student["other_part"][:unlabeled]
-    for u in range(unlabeled):
+    box = student["other_part"][:count]
+    assert len(mixtures) == len(labels) == 2 * count
+    for u in range(count):
         a, b = u % labeled, (u + 1) % labeled
-        for number, outside, inside in ((u, a, b), (unlabeled + u, b, a)):
+        for number, outside, inside in ((u, a, b), (count + u, b, a)):
             assert torch.equal(mixtures[number], torch.where(box[u], mine[inside], mine[outside]))
             assert torch.equal(labels[number], torch.where(box[u], target[inside], target[outside]))
     if labeled > 1:
         assert not any(torch.equal(mixture, sample) for mixture in mixtures for sample in mine)
     for scale, expected in zip(student["mixed_target"], at_every_scale(labels, student["mixed_target"]), strict=True):
         assert torch.equal(scale, expected)
+
+
+@pytest.mark.parametrize(("variant", "configuration"), [("ignore", "3d_fullres"), ("regions_ignore", "2d")])
+def test_labels_alone_when_asked_for(variant, configuration, data_sets, results, monkeypatch):
+    """Nothing unlabelled has to be there, and the mixtures are to the end what they are in the warm-up."""
+    trainer = Run(data_sets.name(variant), configuration, NAME).build()
+    trainer.unlabeled_batch_size = 0
+    monkeypatch.setattr(trainer, "unlabeled_pool", lambda: pytest.fail("the pool is asked for"))
+    trainer = after_warm_up(trainer)
+    batch = next(trainer.dataloader_train)
+    samples = trainer.configuration_manager.batch_size
+    assert len(batch["data"]) == len(batch["target"][0]) == samples
+    require_mixtures_of_labeled(batch, trainer.student_batch(batch), samples)
+    assert trainer.train_step(batch)["unlabeled_part_weight"] == 1
 
 
 def test_weight_of_the_unlabelled_part_is_full_in_the_warm_up_then_ramped(run):
@@ -322,17 +342,27 @@ def test_impossible_box_is_named_with_its_setting(ratio, problem, run):
         trainer.initialize()
 
 
-ALONE = [(1, 1, 0.1, True), (1, 1, 0.0, False), (2, 1, 0.1, False), (3, 2, 0.1, True), (4, 2, 0.1, False)]
+ALONE = [
+    (1, 1, 0.1, None, True),
+    (1, 1, 0.0, None, False),
+    (1, 1, 0.0, 0, True),
+    (2, 1, 0.1, None, False),
+    (3, 2, 0.1, None, True),
+    (4, 2, 0.1, None, False),
+]
 
 
-@pytest.mark.parametrize(("batch_size", "processes", "warm_up", "told"), ALONE)
-def test_log_tells_that_one_sample_is_mixed_with_itself(batch_size, processes, warm_up, told, run, monkeypatch):
+@pytest.mark.parametrize(("batch_size", "processes", "warm_up", "unlabeled", "told"), ALONE)
+def test_log_tells_that_one_sample_is_mixed_with_itself(
+    batch_size, processes, warm_up, unlabeled, told, run, monkeypatch
+):
     trainer = run.build()
     if processes > 1:  # as in the first of them
         build = nnUNetTrainer.initialize
         monkeypatch.setattr(nnUNetTrainer, "initialize", lambda self: build(self) or setattr(self, "is_ddp", True))
         monkeypatch.setattr(dist, "get_world_size", lambda: processes)
-    trainer.configuration_manager.configuration["batch_size"], trainer.warm_up = batch_size, warm_up
+    trainer.configuration_manager.configuration["batch_size"] = batch_size
+    trainer.warm_up, trainer.unlabeled_batch_size = warm_up, unlabeled
     trainer.initialize()
     assert ("mixed with itself" in Path(trainer.log_file).read_text()) == told
 
@@ -391,11 +421,11 @@ def test_another_loss_serves_the_mixtures_too(data_sets, results):
     assert trainer.partial_loss.loss.ignore_label is not None
 
 
-def test_number_of_unlabelled_samples_must_be_positive(run):
+def test_number_of_unlabelled_samples_must_not_be_negative(run):
     trainer = run.build()
-    trainer.unlabeled_batch_size = 0
+    trainer.unlabeled_batch_size = -1
     trainer.initialize()
-    with pytest.raises(ValueError, match="unlabeled_batch_size is 0, it must be 1 at least"):
+    with pytest.raises(ValueError, match="unlabeled_batch_size is -1, it must be 0 at least, or None"):
         trainer.get_dataloaders()
 
 
