@@ -58,18 +58,27 @@ class CopyPaste(WithTeacher):
         super().initialize()
         self.partial_loss = self._build_loss()
         enable_ignoring(self.partial_loss, self.foreground)
-        whole = self.configuration_manager.batch_size
-        fewest = whole // dist.get_world_size() if self.is_ddp else self.batch_size
-        if self.warming_up and fewest == 1:
-            self.print_to_log_file(
-                "One labelled sample a step and GPU: where no other is pasted it is mixed with itself"
-            )
+        self._look_for_partners()
 
     def _require_a_box(self) -> None:
         try:
             box_sides(self.configuration_manager.patch_size, self.box_ratio)
         except ValueError as error:
             raise ValueError(f"{type(self).__name__}.box_ratio: {error} ({self.configuration_name})") from error
+
+    def _look_for_partners(self) -> None:
+        """A single labelled sample is mixed with itself where no unlabelled one is pasted, which brings nothing."""
+        whole = self.configuration_manager.batch_size
+        fewest = whole // dist.get_world_size() if self.is_ddp else self.batch_size
+        if fewest > 1:
+            return
+        self._require(
+            "unlabeled_batch_size",
+            self.unlabeled_batch_size != 0,
+            "1 at least, or None, where a GPU has one labelled sample a step, which has no other to be mixed with",
+        )
+        if self.warm_up > 0:
+            self.print_to_log_file("One labelled sample a step and GPU: until the warm-up ends it is mixed with itself")
 
     @property
     def warming_up(self) -> bool:
@@ -115,7 +124,7 @@ class CopyPaste(WithTeacher):
     def pairs(labeled: Sequence[Tensor], count: int) -> tuple[list[Tensor], list[Tensor]]:
         """Of the labelled samples, given as images and targets at every scale, `count` for `x_l` and `count` for
         `x_l'`, different ones where there are two."""
-        index = torch.arange(count)
+        index = torch.arange(count, device=labeled[0].device)
         first, second = ([values[(index + shift) % len(values)] for values in labeled] for shift in (0, 1))
         return first, second
 
@@ -161,6 +170,7 @@ class CopyPaste(WithTeacher):
         )
 
     def _unlabeled_of_this_rank(self) -> int:
+        samples = super()._unlabeled_of_this_rank()
         if self.is_ddp and self.configuration_manager.batch_dice and self.unlabeled_batch_size:
             # The Dice of the mixtures is summed over processes, sample by sample.
             processes = dist.get_world_size()
@@ -169,7 +179,7 @@ class CopyPaste(WithTeacher):
                 self.unlabeled_batch_size % processes == 0,
                 f"divisible by the number of processes, {processes}, which share the Dice of a batch here",
             )
-        return super()._unlabeled_of_this_rank()
+        return samples
 
 
 def enable_ignoring(loss: nn.Module, foreground: Foreground) -> None:

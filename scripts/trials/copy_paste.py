@@ -70,7 +70,7 @@ class nnUNetTrainerCopyPasteUnmixed(CopyPaste, nnUNetTrainer):
     def student_batch(self, batch):
         mixed, target = super().student_batch(batch), as_list(batch["target"])
         labeled = [batch["data"][: len(target[0])], *target]
-        again, *again_target = map(torch.cat, zip(*self.pairs(labeled, len(batch["data_weak"])), strict=True))
+        again, *again_target = map(torch.cat, zip(*self.pairs(labeled, len(mixed["other_part"]) // 2), strict=True))
         return {**mixed, "data": torch.cat((labeled[0], again)), "mixed_target": again_target}
 
 

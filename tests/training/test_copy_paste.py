@@ -15,6 +15,7 @@ from nnunetv2.training.nnUNetTrainer.variants.loss.nnUNetTrainerTopkLoss import 
 from torch import distributed as dist
 from workspace import Run, seed, start, weights, whole_and_resumed
 
+from nnunetv2_selfreg.data.foreground import as_list
 from nnunetv2_selfreg.errors import CommandError
 from nnunetv2_selfreg.mixing import at_size
 from nnunetv2_selfreg.training.copy_paste import CopyPaste
@@ -105,8 +106,9 @@ def test_mixtures_are_of_labelled_samples_until_the_warm_up_ends(labeled, unlabe
 
 def require_mixtures_of_labeled(batch: dict, student: dict, count: int) -> None:
     """`count` in each direction."""
-    labeled = len(batch["target"][0])
-    mine, target = batch["data"][:labeled], batch["target"][0]
+    target = as_list(batch["target"])[0]
+    labeled = len(target)
+    mine = batch["data"][:labeled]
     mixtures, labels = student["data"][labeled:], student["mixed_target"][0]
     box = student["other_part"][:count]
     assert len(mixtures) == len(labels) == 2 * count
@@ -121,18 +123,27 @@ def require_mixtures_of_labeled(batch: dict, student: dict, count: int) -> None:
         assert torch.equal(scale, expected)
 
 
-@pytest.mark.parametrize(("variant", "configuration"), [("ignore", "3d_fullres"), ("regions_ignore", "2d")])
-def test_labels_alone_when_asked_for(variant, configuration, data_sets, results, monkeypatch):
+LABELS_ALONE = [
+    ("ignore", "3d_fullres", NAME, True),
+    ("labels", "2d", NAME, False),
+    ("regions_ignore", "2d", NAME.replace("CopyPaste", "SelfRegCopyPaste"), True),
+]
+
+
+@pytest.mark.parametrize(("variant", "configuration", "name", "deep_supervision"), LABELS_ALONE)
+def test_labels_alone_when_asked_for(variant, configuration, name, deep_supervision, data_sets, results, monkeypatch):
     """Nothing unlabelled has to be there, and the mixtures are to the end what they are in the warm-up."""
-    trainer = Run(data_sets.name(variant), configuration, NAME).build()
-    trainer.unlabeled_batch_size = 0
+    trainer = Run(data_sets.name(variant), configuration, name).build()
+    trainer.unlabeled_batch_size, trainer.enable_deep_supervision = 0, deep_supervision
     monkeypatch.setattr(trainer, "unlabeled_pool", lambda: pytest.fail("the pool is asked for"))
     trainer = after_warm_up(trainer)
     batch = next(trainer.dataloader_train)
     samples = trainer.configuration_manager.batch_size
-    assert len(batch["data"]) == len(batch["target"][0]) == samples
+    assert len(batch["data"]) == len(as_list(batch["target"])[0]) == samples
     require_mixtures_of_labeled(batch, trainer.student_batch(batch), samples)
     assert trainer.train_step(batch)["unlabeled_part_weight"] == 1
+    trainer.on_validation_epoch_start()
+    assert np.isfinite(trainer.validation_step(next(trainer.dataloader_val))["loss"])
 
 
 def test_weight_of_the_unlabelled_part_is_full_in_the_warm_up_then_ramped(run):
@@ -342,29 +353,34 @@ def test_impossible_box_is_named_with_its_setting(ratio, problem, run):
         trainer.initialize()
 
 
-ALONE = [
-    (1, 1, 0.1, None, True),
-    (1, 1, 0.0, None, False),
-    (1, 1, 0.0, 0, True),
-    (2, 1, 0.1, None, False),
-    (3, 2, 0.1, None, True),
-    (4, 2, 0.1, None, False),
-]
+ALONE = [(1, 1, 0.1, True), (1, 1, 0.0, False), (2, 1, 0.1, False), (3, 2, 0.1, True), (4, 2, 0.1, False)]
 
 
-@pytest.mark.parametrize(("batch_size", "processes", "warm_up", "unlabeled", "told"), ALONE)
-def test_log_tells_that_one_sample_is_mixed_with_itself(
-    batch_size, processes, warm_up, unlabeled, told, run, monkeypatch
-):
+@pytest.mark.parametrize(("batch_size", "processes", "warm_up", "told"), ALONE)
+def test_log_tells_that_one_sample_is_mixed_with_itself(batch_size, processes, warm_up, told, run, monkeypatch):
+    trainer = with_samples(run, batch_size, processes, monkeypatch)
+    trainer.warm_up = warm_up
+    trainer.initialize()
+    assert ("mixed with itself" in Path(trainer.log_file).read_text()) == told
+
+
+@pytest.mark.parametrize(("batch_size", "processes"), [(1, 1), (3, 2)])
+def test_one_sample_that_would_be_mixed_with_itself_to_the_end_is_an_error(batch_size, processes, run, monkeypatch):
+    trainer = with_samples(run, batch_size, processes, monkeypatch)
+    trainer.unlabeled_batch_size = 0
+    with pytest.raises(ValueError, match="unlabeled_batch_size is 0, it must be 1 at least, or None, where a GPU has"):
+        trainer.initialize()
+
+
+def with_samples(run, batch_size: int, processes: int, monkeypatch):
+    """A trainer with a plan's batch of this size, which so many processes share."""
     trainer = run.build()
     if processes > 1:  # as in the first of them
         build = nnUNetTrainer.initialize
         monkeypatch.setattr(nnUNetTrainer, "initialize", lambda self: build(self) or setattr(self, "is_ddp", True))
         monkeypatch.setattr(dist, "get_world_size", lambda: processes)
     trainer.configuration_manager.configuration["batch_size"] = batch_size
-    trainer.warm_up, trainer.unlabeled_batch_size = warm_up, unlabeled
-    trainer.initialize()
-    assert ("mixed with itself" in Path(trainer.log_file).read_text()) == told
+    return trainer
 
 
 def test_batch_without_a_labelled_sample_is_an_error(run):
@@ -384,6 +400,9 @@ def test_uneven_shares_are_refused_where_processes_share_their_dice(data_sets, r
         with pytest.raises(
             ValueError, match="unlabeled_batch_size is 3, it must be divisible by the number of processes, 2"
         ):
+            trainer._unlabeled_of_this_rank()
+        trainer.unlabeled_batch_size = -2
+        with pytest.raises(ValueError, match="it must be 0 at least"):
             trainer._unlabeled_of_this_rank()
 
 
