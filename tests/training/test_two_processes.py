@@ -54,7 +54,8 @@ def train(rank: int, folder: str, run: Run) -> None:
 
 def train_and_report(rank: int, folder: str, trainer) -> None:
     trainer.configuration_manager.configuration["batch_size"] = 4  # two labelled samples a rank, which copy-paste mixes
-    trainer.unlabeled_batch_size = 3  # of semi-supervised trainers
+    if getattr(trainer, "unlabeled_batch_size", 0) is None:
+        trainer.unlabeled_batch_size = 3
     torch.manual_seed(rank)  # equal weights at the start are DDP's business
     trainer.initialize()
     first_teacher = copied_weights(trainer, "teacher")
@@ -95,6 +96,7 @@ def copied_weights(trainer, part: str) -> list[torch.Tensor]:
 TERMS = {
     "nnUNetTrainerSelfRegUAMeanTeacher": {"segmentation", "scr", "ifd", "consistency", "kept_voxels", "student_dice"},
     "nnUNetTrainerSelfRegCopyPaste": {"segmentation", "scr", "ifd", "labeled_part", "unlabeled_part", "student_dice"},
+    "nnUNetTrainerCopyPasteLabeled": {"segmentation", "labeled_part", "student_dice"},
     "nnUNetTrainerDualTask": {"segmentation", "distance", "consistency"},
     "nnUNetTrainerSelfRegDualTaskMutual": {"segmentation", "scr", "ifd", "distance_dice", "consistency"},
     "nnUNetTrainerTinySelfRegSwinUNETR": {"segmentation", "scr", "ifd"},
