@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunetv2_selfreg import __version__, discovery
-from nnunetv2_selfreg.errors import CommandError
+from nnunetv2_selfreg.errors import UserError
 
 # What a subcommand needs beyond these is imported when it runs: `--help` does not wait for PyTorch.
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         return parsed.run(parsed)
-    except (CommandError, OSError) as error:  # no permission and full disks name the file too
+    except (UserError, OSError) as error:  # no permission and full disks name the file too
         print("nnUNetv2_selfreg:", " ".join(str(error).split()), file=sys.stderr)
         return 2
 

@@ -27,9 +27,9 @@ from protocol import Protocol, protocol_names
 from run import Run, check_setting, is_full_disk
 from tqdm import tqdm
 
-from nnunetv2_selfreg.errors import CommandError
+from nnunetv2_selfreg.errors import UserError
 
-FAILURES = (ExitStatusError, CommandError, OSError, ValueError)
+FAILURES = (ExitStatusError, UserError, OSError, ValueError)
 
 
 def execute(runs: list[Run]) -> int:

@@ -16,7 +16,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_selfreg.data.datasets import label_files, labeled_cases, read_json
 from nnunetv2_selfreg.data.splits import append_fold, folds_of, new_fold
-from nnunetv2_selfreg.errors import CommandError
+from nnunetv2_selfreg.errors import UserError
 from nnunetv2_selfreg.files import replacing
 
 PROTOCOLS = Path(__file__).resolve().parent / "protocols"
@@ -177,7 +177,7 @@ def _is_whole(file: Path) -> bool:
         return False
     try:
         read_json(file)
-    except CommandError:
+    except UserError:
         file.unlink()
         return False
     return True

@@ -8,7 +8,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
-from nnunetv2_selfreg.errors import CommandError
+from nnunetv2_selfreg.errors import UserError
 
 
 def preprocessed_folder(name_or_id: str) -> Path:
@@ -18,14 +18,14 @@ def preprocessed_folder(name_or_id: str) -> Path:
         name_or_id: as given to nnU-Net's `-d`: `2` or `Dataset002_Heart`.
 
     Raises:
-        CommandError: there is no such data set, nnUNet_preprocessed is not set, or nothing has been preprocessed.
+        UserError: there is no such data set, nnUNet_preprocessed is not set, or nothing has been preprocessed.
     """
     try:
         folder = Path(nnUNet_preprocessed, maybe_convert_to_dataset_name(name_or_id))
     except (RuntimeError, ValueError) as error:
-        raise CommandError(f"-d {name_or_id}: {error}") from error
+        raise UserError(f"-d {name_or_id}: {error}") from error
     if not (folder / "dataset.json").is_file() or not (folder / "gt_segmentations").is_dir():
-        raise CommandError(
+        raise UserError(
             f"{folder} is no preprocessed data set. Run nnUNetv2_plan_and_preprocess for -d {name_or_id} first."
         )
     return folder
@@ -35,12 +35,12 @@ def labeled_cases(folder: Path) -> list[str]:
     """Sorted identifiers of the cases with labels, as they were preprocessed into `folder`.
 
     Raises:
-        CommandError: there are none.
+        UserError: there are none.
     """
     labels = label_files(folder)
     if not labels:
         ending = read_json(folder / "dataset.json")["file_ending"]
-        raise CommandError(
+        raise UserError(
             f"{folder / 'gt_segmentations'} has no {ending} file. Run nnUNetv2_preprocess for {folder.name} again."
         )
     return sorted(labels)
@@ -57,9 +57,9 @@ def read_json(file: Path, remedy: str = "Restore it, or make it again.") -> obje
     """The content of a JSON file.
 
     Raises:
-        CommandError: it is not JSON; `remedy` is the advice given then.
+        UserError: it is not JSON; `remedy` is the advice given then.
     """
     try:
         return load_json(str(file))
     except ValueError as error:  # also of text that is not UTF-8
-        raise CommandError(f"{file} is not JSON ({error}). {remedy}") from error
+        raise UserError(f"{file} is not JSON ({error}). {remedy}") from error

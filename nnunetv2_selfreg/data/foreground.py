@@ -61,13 +61,3 @@ class Foreground:
         if self.ignore_label is None:
             return torch.ones_like(target[:, :1], dtype=torch.bool)
         return target[:, -1:] < 1 if self.regions else target != self.ignore_label
-
-
-def as_list(target: Tensor | list[Tensor]) -> list[Tensor]:
-    """nnU-Net's target at every scale; one without deep supervision."""
-    return target if isinstance(target, list) else [target]
-
-
-def at_full_resolution(target: Tensor | list[Tensor]) -> Tensor:
-    """The first of them."""
-    return as_list(target)[0]

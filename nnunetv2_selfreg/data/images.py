@@ -10,7 +10,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from nnunetv2_selfreg.errors import CommandError
+from nnunetv2_selfreg.errors import UserError
 
 _CHANNEL = re.compile(r"(?P<identifier>.+)_\d{4}")
 
@@ -23,7 +23,7 @@ def list_cases(folder: Path, ending: str) -> dict[str, list[Path]]:
     """The files of each case by identifier; a file without a channel number stands under its whole name.
 
     Raises:
-        CommandError: there are none.
+        UserError: there are none.
     """
     cases = defaultdict(list)
     for file in sorted(folder.iterdir()):
@@ -31,7 +31,7 @@ def list_cases(folder: Path, ending: str) -> dict[str, list[Path]]:
             match = _CHANNEL.fullmatch(file.name.removesuffix(ending))
             cases[match["identifier"] if match else file.name].append(file)
     if not cases:
-        raise CommandError(f"{folder} has no images that end in {ending}, as dataset.json says. Put them there.")
+        raise UserError(f"{folder} has no images that end in {ending}, as dataset.json says. Put them there.")
     return dict(cases)
 
 

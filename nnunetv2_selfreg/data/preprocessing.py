@@ -32,7 +32,7 @@ from tqdm import tqdm
 from nnunetv2_selfreg.data.datasets import labeled_cases, preprocessed_folder, read_json
 from nnunetv2_selfreg.data.images import BadImageError, check_image, check_nifti, list_cases, why_misnamed
 from nnunetv2_selfreg.data.unlabeled import RECIPE_FILE, is_outdated, recipe
-from nnunetv2_selfreg.errors import CommandError
+from nnunetv2_selfreg.errors import UserError
 from nnunetv2_selfreg.files import replacing
 
 
@@ -140,7 +140,7 @@ def preprocess_unlabeled(
         overwrite: whether cases that are there are made again.
 
     Raises:
-        CommandError: data set, plans or configuration are unknown or not preprocessed, there is no usable image, or a
+        UserError: data set, plans or configuration are unknown or not preprocessed, there is no usable image, or a
             worker process died.
     """
     folder = preprocessed_folder(dataset)
@@ -150,11 +150,11 @@ def preprocess_unlabeled(
     cases = list_cases(_images_folder(folder.name, images), ending)
     processes = min(default_num_processes, os.cpu_count() or 1) if processes is None else processes
     if processes < 1:
-        raise CommandError(f"-np {processes} is no number of processes. Give 1 or more.")
+        raise UserError(f"-np {processes} is no number of processes. Give 1 or more.")
     outcome = Outcome(list(job.configurations))
     outdated = [folder for folder in outcome.folders if job.outdated(folder)]
     if outdated:
-        raise CommandError(
+        raise UserError(
             f"{outdated[0]} was made with other plans than {plans_name} are now (or its {RECIPE_FILE} is missing). "
             "Delete that folder, and preprocess all its images again."
         )
@@ -172,7 +172,7 @@ def preprocess_unlabeled(
         job.begin()
         run_all(job, tasks, min(processes, len(tasks)), outcome)
     if not outcome.done + outcome.done_before:
-        raise CommandError("No image is usable; the reasons are above.")
+        raise UserError("No image is usable; the reasons are above.")
     return outcome
 
 
@@ -204,22 +204,20 @@ def prepare(folder: Path, configurations: Sequence[str], plans_name: str) -> Pre
     """The job for a preprocessed data set.
 
     Raises:
-        CommandError: plans or a configuration are unknown, or were never preprocessed.
+        UserError: plans or a configuration are unknown, or were never preprocessed.
     """
     file = folder / f"{plans_name}.json"
     if not file.is_file():
-        raise CommandError(
-            f"{file} does not exist. Give -p the name of plans in this folder, or run nnU-Net's planning."
-        )
+        raise UserError(f"{file} does not exist. Give -p the name of plans in this folder, or run nnU-Net's planning.")
     plans = PlansManager(read_json(file))
     outputs = {}
     for name in configurations:
         if name not in plans.available_configurations:
-            raise CommandError(f"-c {name}: {file} has {', '.join(plans.available_configurations)}. Give one of these.")
+            raise UserError(f"-c {name}: {file} has {', '.join(plans.available_configurations)}. Give one of these.")
         configuration = plans.get_configuration(name)
         labeled = folder / configuration.data_identifier
         if not labeled.is_dir():
-            raise CommandError(
+            raise UserError(
                 f"{labeled} does not exist: -c {name} was never preprocessed. Run nnUNetv2_preprocess for it first."
             )
         outputs[labeled.with_name(f"{labeled.name}_unlabeled")] = configuration
@@ -229,10 +227,10 @@ def prepare(folder: Path, configurations: Sequence[str], plans_name: str) -> Pre
 def _images_folder(dataset_name: str, images: Path | None) -> Path:
     if images is None:
         if not nnUNet_raw.is_set():
-            raise CommandError("nnUNet_raw is not set. Set it, or give the folder of the images with -i.")
+            raise UserError("nnUNet_raw is not set. Set it, or give the folder of the images with -i.")
         images = Path(nnUNet_raw, dataset_name, "imagesUn")
     if not images.is_dir():
-        raise CommandError(f"{images} does not exist. Put the images there, or give their folder with -i.")
+        raise UserError(f"{images} does not exist. Put the images there, or give their folder with -i.")
     return images
 
 

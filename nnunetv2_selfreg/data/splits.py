@@ -13,7 +13,7 @@ from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunetv2_selfreg.data.datasets import labeled_cases, preprocessed_folder, read_json
-from nnunetv2_selfreg.errors import CommandError
+from nnunetv2_selfreg.errors import UserError
 from nnunetv2_selfreg.files import replacing
 
 Fold = dict[str, list[str]]
@@ -39,15 +39,15 @@ def append_fold(
         Number and content of the new fold.
 
     Raises:
-        CommandError: the data set is not preprocessed, a size is impossible, or the file is corrupt. Nothing is
+        UserError: the data set is not preprocessed, a size is impossible, or the file is corrupt. Nothing is
             written then.
     """
     folder = preprocessed_folder(dataset)
     cases = labeled_cases(folder)
     try:
         fold = new_fold(cases, labeled, val, seed, in_order)
-    except CommandError as error:
-        raise CommandError(f"{folder.name}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{folder.name}: {error}") from error
     splits = folds_of(folder)
     with replacing(folder / "splits_final.json") as part:
         save_json([*splits, fold], part)
@@ -70,12 +70,12 @@ def new_fold(
         in_order: in the order of their names instead of shuffled.
 
     Raises:
-        CommandError: a size that the cases do not allow.
+        UserError: a size that the cases do not allow.
     """
     n_labeled = _how_many("--labeled", labeled, len(cases))
     n_val = _how_many("--val", val, len(cases))
     if n_labeled + n_val > len(cases):
-        raise CommandError(
+        raise UserError(
             f"--labeled {labeled} and --val {val} are {n_labeled} + {n_val} cases, but there are only {len(cases)}. "
             "Give smaller numbers."
         )
@@ -94,13 +94,13 @@ def folds_of(folder: Path) -> list[Fold]:
     """The folds in a preprocessed data set's splits_final.json; without one, those that nnU-Net would write there.
 
     Raises:
-        CommandError: the file is corrupt, see `read_splits`, or there is none and too few cases for nnU-Net's five.
+        UserError: the file is corrupt, see `read_splits`, or there is none and too few cases for nnU-Net's five.
     """
     file, cases = folder / "splits_final.json", labeled_cases(folder)
     if file.exists():
         return read_splits(file)
     if len(cases) < _NNUNETS_FOLDS:
-        raise CommandError(
+        raise UserError(
             f"{file} does not exist, and {len(cases)} cases are too few for nnU-Net's five folds. "
             'Write the file yourself; "[]" is enough.'
         )
@@ -111,25 +111,25 @@ def read_splits(file: Path) -> list[Fold]:
     """The folds of a splits_final.json.
 
     Raises:
-        CommandError: it is not a list of folds with `train` and `val`, or an `unlabeled` is not a list of names.
+        UserError: it is not a list of folds with `train` and `val`, or an `unlabeled` is not a list of names.
     """
     splits = read_json(file, _REMEDY)
     if not isinstance(splits, list):
-        raise CommandError(f"{file} is not a list of folds. {_REMEDY}")
+        raise UserError(f"{file} is not a list of folds. {_REMEDY}")
     for number, fold in enumerate(splits):
         if not (isinstance(fold, dict) and all(isinstance(fold.get(part), list) for part in ("train", "val"))):
-            raise CommandError(f"{file}: fold {number} has no lists 'train' and 'val'. {_REMEDY}")
+            raise UserError(f"{file}: fold {number} has no lists 'train' and 'val'. {_REMEDY}")
         unlabeled = fold.get("unlabeled", [])
         if not (isinstance(unlabeled, list) and all(isinstance(case, str) for case in unlabeled)):
-            raise CommandError(f"{file}: 'unlabeled' of fold {number} is not a list of identifiers. {_REMEDY}")
+            raise UserError(f"{file}: 'unlabeled' of fold {number} is not a list of identifiers. {_REMEDY}")
     return splits
 
 
 def _how_many(option: str, amount: int | float, cases: int) -> int:
     if isinstance(amount, float):
         if not 0 < amount < 1:
-            raise CommandError(f"{option} {amount} is not a fraction between 0 and 1. Give one, or a whole number.")
+            raise UserError(f"{option} {amount} is not a fraction between 0 and 1. Give one, or a whole number.")
         return max(1, round(amount * cases))
     if not 1 <= amount <= cases:
-        raise CommandError(f"{option} {amount} is impossible with {cases} cases. Give a number from 1 to {cases}.")
+        raise UserError(f"{option} {amount} is impossible with {cases} cases. Give a number from 1 to {cases}.")
     return amount

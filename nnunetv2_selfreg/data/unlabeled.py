@@ -11,7 +11,7 @@ import numpy as np
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_selfreg.data.datasets import read_json
-from nnunetv2_selfreg.errors import CommandError
+from nnunetv2_selfreg.errors import UserError
 
 RECIPE_FILE = "preprocessing.json"
 FORMATS = (".b2nd", ".npy", ".npz")  # nnU-Net's, the unpacked one before the packed one
@@ -64,13 +64,13 @@ def find_pool(folder: Path, fold: Mapping[str, Iterable[str]], number: int | str
         current: the :func:`recipe` of the configuration.
 
     Raises:
-        CommandError: no unlabelled case at all, one without a preprocessed image, one that is also labelled, or
+        UserError: no unlabelled case at all, one without a preprocessed image, one that is also labelled, or
             `<folder>_unlabeled` was made with other plans.
     """
     listed = list(fold.get("unlabeled", ()))
     own_folder = folder.with_name(f"{folder.name}_unlabeled")
     if is_outdated(own_folder, current):
-        raise CommandError(
+        raise UserError(
             f"{own_folder} was preprocessed with other plans than these (or its {RECIPE_FILE} is missing). Delete that "
             "folder, and run nnUNetv2_selfreg preprocess_unlabeled again."
         )
@@ -79,25 +79,25 @@ def find_pool(folder: Path, fold: Mapping[str, Iterable[str]], number: int | str
     files = {case: _image(folder, case) for case in listed} | {case: own_folder / f"{case}.b2nd" for case in finished}
     missing = [case for case, file in files.items() if file is None]
     if missing:
-        raise CommandError(
+        raise UserError(
             f"Fold {number} lists {_some(missing)} as unlabeled, but neither {folder} nor {own_folder} has such a "
             "case. Correct splits_final.json, or preprocess the case."
         )
     used = {"train": set(fold["train"]), "val": set(fold["val"])}
     for part, cases in used.items():
         if both := cases & set(listed):
-            raise CommandError(
+            raise UserError(
                 f"Fold {number} has {_some(sorted(both))} in {part} and among the unlabelled cases. Take it out of one "
                 "of the two lists in splits_final.json."
             )
         if both := cases & set(finished):
-            raise CommandError(
+            raise UserError(
                 f"Fold {number} has {_some(sorted(both))} in {part} and among the unlabelled cases. If its labels are "
                 f"to count, delete its .b2nd and .pkl file in {own_folder}; otherwise take it out of {part} in "
                 "splits_final.json."
             )
     if not files:
-        raise CommandError(
+        raise UserError(
             f"Fold {number} has no unlabelled case: it lists none, and {own_folder} is empty or absent. For further "
             "images run nnUNetv2_selfreg preprocess_unlabeled, for a fold with few labels nnUNetv2_selfreg split; "
             "copy-paste and the dual-task trainers also do without: with unlabeled_batch_size = 0, in a trainer of "

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_selfreg.losses.pooling import average_pool, pooled_to_each_shape
+from nnunetv2_selfreg.losses.terms import Terms
+from nnunetv2_selfreg.tensors import average_pool, pooled_to_each_shape
 
 if TYPE_CHECKING:
     from nnunetv2_selfreg.networks.kmax import KMaxOutput
@@ -61,25 +62,25 @@ class KMaxLoss(nn.Module):
     In validation too, so its validation loss is not comparable with stock nnU-Net's. Ours: the mean over the layers, so
     that the weight does not depend on their number (kMaX-DeepLab sums), and the weight.
 
-    `terms` holds the detached scalars of the last call: `query_segmentation`, `convolutional`, `query_distribution`,
-    without weights. nnU-Net gives the lowest head no weight, so with three resolution stages `convolutional` is the
-    full resolution's.
+    `query_segmentation`, `convolutional` and `query_distribution` are noted in `terms`, without weights. nnU-Net gives
+    the lowest head no weight, so with three resolution stages `convolutional` is the full resolution's.
 
     Args:
         loss: nnU-Net's loss with deep supervision, whose `.loss` is that of a single scale.
         query_weight: finite and not negative.
+        terms: where terms are noted, a new one when absent; who owns it empties it before each step.
 
     Raises:
         ValueError: impossible `query_weight`.
     """
 
-    def __init__(self, loss: nn.Module, query_weight: float = 0.1) -> None:
+    def __init__(self, loss: nn.Module, query_weight: float = 0.1, terms: Terms | None = None) -> None:
         super().__init__()
         if not 0 <= query_weight < float("inf"):
             raise ValueError(f"query_weight is {query_weight}, it must be finite and not negative")
         self.loss = loss
         self.query_weight = query_weight
-        self.terms: dict[str, Tensor] = {}
+        self.terms = Terms() if terms is None else terms
 
     def forward(self, output: KMaxOutput, target: Sequence[Tensor]) -> Tensor:
         """The loss, a scalar.
@@ -88,13 +89,16 @@ class KMaxLoss(nn.Module):
             output: of the network.
             target: label maps `(B, 1, *spatial)`, one for each convolutional head, from full to low resolution.
         """
-        terms = {
-            "query_segmentation": self.loss.loss(output.segmentation, target[0]),
-            "convolutional": self.loss(output.convolutional, target),
-            "query_distribution": self._query_distribution(output.log_assignments, target[0]),
-        }
-        self.terms = {name: term.detach() for name, term in terms.items()}
-        return terms["query_segmentation"] + terms["convolutional"] + self.query_weight * terms["query_distribution"]
+        return self.terms.total(
+            {
+                "query_segmentation": (1.0, self.loss.loss(output.segmentation, target[0])),
+                "convolutional": (1.0, self.loss(output.convolutional, target)),
+                "query_distribution": (
+                    self.query_weight,
+                    self._query_distribution(output.log_assignments, target[0]),
+                ),
+            }
+        )
 
     @staticmethod
     def _query_distribution(log_assignments: list[Tensor], labels: Tensor) -> Tensor:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunetv2_selfreg.losses.pooling import at_least_single, average_pool, pooled_to_each_shape
+from nnunetv2_selfreg.losses.terms import Terms
+from nnunetv2_selfreg.tensors import at_full_resolution, at_least_single, average_pool, of_image, pooled_to_each_shape
 
 if TYPE_CHECKING:
-    from nnunetv2_selfreg.features import FeatureTaps
+    from nnunetv2_selfreg.networks.features import FeatureTaps
 
 
 def semantic_consistency(feature: Tensor, final: Tensor, channels: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -103,25 +104,6 @@ def check_order(order: str) -> None:
         raise ValueError(f'the order of channels in IFD is {order!r}, it must be "activation" or "index"')
 
 
-def of_image(feature: Tensor, padded: Sequence[int], image: Sequence[int]) -> Tensor:
-    """The part of a feature map that sees the image, where the network padded it at the end of each axis.
-
-    A place that covers some of the image and some of the padding stays. Without padding it is the whole map.
-
-    Args:
-        feature: `(B, C, *spatial)`, of any resolution.
-        padded: spatial shape of what the network sees, at full resolution.
-        image: spatial shape of the image in it.
-
-    >>> of_image(torch.zeros(1, 1, 8, 4), padded=(64, 32), image=(40, 32)).shape
-    torch.Size([1, 1, 5, 4])
-    """
-    if tuple(padded) == tuple(image):
-        return feature
-    covered = (-(-length * have // whole) for have, whole, length in zip(feature.shape[2:], padded, image, strict=True))
-    return feature[(..., *(slice(length) for length in covered))]
-
-
 class SelfRegularizedLoss(nn.Module):
     """Adds SCR and IFD of the tapped features to a segmentation loss while the network trains.
 
@@ -135,13 +117,14 @@ class SelfRegularizedLoss(nn.Module):
     One forward pass of the tapped network in training, then one call: the features are handed over once. A training
     step with several segmentation losses calls this one for one of them.
 
-    `terms` holds the detached scalars of the last training step, `segmentation`, `scr` and `ifd`, without lambda.
+    In training `segmentation`, `scr` and `ifd` are noted in `terms`, without lambda.
 
     Args:
         loss: the segmentation loss, called with `(output, target)`.
         taps: the source of the features; they are released at each call.
         lambda_scr, lambda_ifd: weights, finite and not negative.
         ifd_order, ifd_stop_gradient: see :func:`internal_feature_distillation`.
+        terms: where terms are noted, a new one when absent; who owns it empties it before each step.
 
     Raises:
         ValueError: a lambda is negative or not finite, or `ifd_order` is unknown.
@@ -155,6 +138,7 @@ class SelfRegularizedLoss(nn.Module):
         lambda_ifd: float,
         ifd_order: str = "activation",
         ifd_stop_gradient: bool = False,
+        terms: Terms | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("lambda_scr", lambda_scr), ("lambda_ifd", lambda_ifd)):
@@ -167,25 +151,21 @@ class SelfRegularizedLoss(nn.Module):
         self.lambda_ifd = lambda_ifd
         self.ifd_order = ifd_order
         self.ifd_stop_gradient = ifd_stop_gradient
-        self.terms: dict[str, Tensor] = {}
+        self.terms = Terms() if terms is None else terms
 
     def forward(self, output: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]) -> Tensor:
-        total = self.loss(output, target)
+        segmentation = self.loss(output, target)
         if not self.taps.active:
-            return total
-        self.terms = {"segmentation": total.detach()}
+            return segmentation
         encoder, decoder, final = self.taps.take()
-        image = (output if isinstance(output, Tensor) else output[0]).shape[2:]
+        image = at_full_resolution(output).shape[2:]
+        terms = {"segmentation": (1.0, segmentation)}
         if self.lambda_scr > 0:
-            total = total + self.lambda_scr * self._keep("scr", self._scr([*encoder, *decoder], final, image))
+            terms["scr"] = self.lambda_scr, self._scr([*encoder, *decoder], final, image)
         if self.lambda_ifd > 0:
             encoder, decoder = ([of_image(f, final.shape[2:], image) for f in part] for part in (encoder, decoder))
-            total = total + self.lambda_ifd * self._keep("ifd", self._ifd(encoder) + self._ifd(decoder))
-        return total
-
-    def _keep(self, name: str, term: Tensor) -> Tensor:
-        self.terms[name] = term.detach()
-        return term
+            terms["ifd"] = self.lambda_ifd, self._ifd(encoder) + self._ifd(decoder)
+        return self.terms.total(terms)
 
     def _scr(self, features: list[Tensor], final: Tensor, image: Sequence[int]) -> Tensor:
         padded = final.shape[2:]

@@ -24,9 +24,9 @@ from dynamic_network_architectures.building_blocks.unet_residual_decoder import 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunetv2_selfreg.losses.pooling import at_least_single
 from nnunetv2_selfreg.networks.blocks import ChannelNorm, resize
 from nnunetv2_selfreg.networks.uxnet import UXNet, UXNetEncoder
+from nnunetv2_selfreg.tensors import at_least_single
 
 QUERIES = 128
 QUERY_WIDTH = 256

@@ -6,13 +6,13 @@ from typing import ClassVar
 
 import numpy as np
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import Tensor, nn
+from torch import nn
 
-from nnunetv2_selfreg.losses.kmax import KMaxLoss
 from nnunetv2_selfreg.networks.kmax import QUERIES, KMaxUXNet
 from nnunetv2_selfreg.networks.swin import SwinUNETR
 from nnunetv2_selfreg.networks.uxnet import UXNet
 from nnunetv2_selfreg.training.optimizers import WarmUpAdamW
+from nnunetv2_selfreg.training.queries import QuerySegmentation
 
 
 class Backbone(WarmUpAdamW):
@@ -100,45 +100,18 @@ class UXNetBackbone(Backbone):
         }
 
 
-class KMaxUXNetBackbone(UXNetBackbone):
-    """UX-Net with the k-means mask decoder; what serves at inference is the segmentation by queries.
-
-        L = L_seg(query segmentation) + L_seg(convolutional heads) + query_weight L_qd
-
-    The two `L_seg` are nnU-Net's, the second one with deep supervision.
-    """
+class KMaxUXNetBackbone(QuerySegmentation, UXNetBackbone):
+    """UX-Net with the k-means mask decoder, which :class:`QuerySegmentation` trains; what serves at inference is the
+    segmentation by queries."""
 
     queries: int = QUERIES
     """Number of cluster centres: an eighth for the background, equal shares of the rest for the other classes."""
-    query_weight: float = 0.1
-    """Of the loss on the queries' assignment."""
 
     network_class = KMaxUXNet
 
     @classmethod
     def network_arguments(cls) -> dict:
         return {**super().network_arguments(), "queries": cls.queries}
-
-    def initialize(self) -> None:
-        if self.label_manager.has_regions:
-            raise NotImplementedError(
-                f"{type(self).__name__} gives each voxel to one class, and {self.plans_manager.dataset_name} has "
-                "regions, which overlap. Train them with nnUNetTrainerUXNet, or put labels without regions into "
-                "dataset.json."
-            )
-        if not self.enable_deep_supervision:
-            raise NotImplementedError(
-                f"{type(self).__name__} trains its queries with deep supervision only. Leave enable_deep_supervision "
-                "True, or use nnUNetTrainerUXNet."
-            )
-        super().initialize()
-
-    def _build_loss(self) -> nn.Module:
-        self.kmax_loss = KMaxLoss(super()._build_loss(), self.query_weight)
-        return self.kmax_loss
-
-    def loss_terms(self) -> dict[str, Tensor]:
-        return {**super().loss_terms(), **self.kmax_loss.terms}
 
 
 class SwinUNETRBackbone(Backbone):

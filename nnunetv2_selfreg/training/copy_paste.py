@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
@@ -11,10 +12,25 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from nnunetv2_selfreg.data.foreground import Foreground, as_list
+from nnunetv2_selfreg.data.batch import Batch
+from nnunetv2_selfreg.data.foreground import Foreground
+from nnunetv2_selfreg.data.mixing import at_size, box_masks, box_sides, largest_components, mix_all
 from nnunetv2_selfreg.losses.consistency import gaussian_ramp_up
-from nnunetv2_selfreg.mixing import at_size, box_masks, box_sides, largest_components, mix_all
+from nnunetv2_selfreg.losses.kmax import KMaxLoss
+from nnunetv2_selfreg.losses.terms import Weighted
+from nnunetv2_selfreg.tensors import cut
 from nnunetv2_selfreg.training.teacher import WithTeacher
+
+
+class Mixtures(NamedTuple):
+    """What copy-paste makes of a batch: all `x_in`, then all `x_out`."""
+
+    images: Tensor
+    """`(2 U, C, *patch)`."""
+    target: list[Tensor]
+    """At every scale, `(2 U, 1 or R, *spatial)`."""
+    other: Tensor
+    """Where the unlabelled sample (in the warm-up the second labelled one) is: boolean, `(2 U, 1, *patch)`."""
 
 
 class CopyPaste(WithTeacher):
@@ -35,12 +51,12 @@ class CopyPaste(WithTeacher):
     """
 
     box_ratio: float = 2 / 3
-    """Side of the box to side of the patch."""
+    """Side of the box to side of the patch, the published value."""
     mixture_weight: float = 0.5
-    """`v`."""
+    """`v`, of both mixtures' loss beside that of the plain labelled samples."""
     unlabeled_weight: float = 0.5
-    """`w`, the published value."""
-    warm_up: float = 0.1
+    """`w`, of the unlabelled part of a mixture at the end of the ramp; the published value."""
+    mixture_warm_up: float = 0.1
     """Share of the training in which the mixtures are of labelled samples. If it is `ramp_up_length` or more, there is
     no ramp: the unlabelled part has its full weight right after it."""
     largest_component: bool = False
@@ -54,11 +70,11 @@ class CopyPaste(WithTeacher):
         self._require_a_box()
         self._require("mixture_weight", 0 <= self.mixture_weight < math.inf, "finite and 0 at least")
         self._require("unlabeled_weight", 0 <= self.unlabeled_weight < math.inf, "finite and 0 at least")
-        self._require("warm_up", 0 <= self.warm_up <= 1, "between 0 and 1")
+        self._require("mixture_warm_up", 0 <= self.mixture_warm_up <= 1, "between 0 and 1")
         super().initialize()
         self.partial_loss = self._build_loss()
         enable_ignoring(self.partial_loss, self.foreground)
-        self._look_for_partners()
+        self._look_for_a_second_sample()
 
     def _require_a_box(self) -> None:
         try:
@@ -66,7 +82,7 @@ class CopyPaste(WithTeacher):
         except ValueError as error:
             raise ValueError(f"{type(self).__name__}.box_ratio: {error} ({self.configuration_name})") from error
 
-    def _look_for_partners(self) -> None:
+    def _look_for_a_second_sample(self) -> None:
         """A single labelled sample is mixed with itself where no unlabelled one is pasted, which brings nothing."""
         whole = self.configuration_manager.batch_size
         fewest = whole // dist.get_world_size() if self.is_ddp else self.batch_size
@@ -77,48 +93,56 @@ class CopyPaste(WithTeacher):
             self.unlabeled_batch_size != 0,
             "1 at least, or None, where a GPU has one labelled sample a step, which has no other to be mixed with",
         )
-        if self.warm_up > 0:
+        if self.mixture_warm_up > 0:
             self.print_to_log_file("One labelled sample a step and GPU: until the warm-up ends it is mixed with itself")
 
     @property
     def warming_up(self) -> bool:
         """Whether this step's mixtures are of labelled samples: to the end if there are no others."""
-        return self.unlabeled_batch_size == 0 or self.progress < self.warm_up
+        return self.unlabeled_batch_size == 0 or self.progress < self.mixture_warm_up
 
     @property
     def ramp(self) -> float:
         """Weight of the unlabelled part, from the end of the warm-up on, full at `ramp_up_length`."""
-        if self.ramp_up_length <= self.warm_up:
+        if self.ramp_up_length <= self.mixture_warm_up:
             return 1.0
-        return gaussian_ramp_up(self.progress - self.warm_up, self.ramp_up_length - self.warm_up)
+        return gaussian_ramp_up(self.progress - self.mixture_warm_up, self.ramp_up_length - self.mixture_warm_up)
 
-    def student_batch(self, batch: dict) -> dict:
-        """The labelled samples, then for each unlabelled one (without any: for each labelled one) the mixture `x_in`,
-        then all `x_out`. Their targets are `mixed_target` at every scale, the unlabelled sample's (in the warm-up the
-        second labelled one's) where `other_part` `(2 U, 1, *spatial)` is True.
+    def weighted_terms(self, batch: Batch) -> dict[str, Weighted]:
+        mixtures = self.mixtures(batch)
+        labeled, mixed = batch.cut(self.network(torch.cat((batch.labeled, mixtures.images))))
+        supervised = self.supervised_loss(labeled, batch.target)
+        return {**self.mixture_terms(mixed, mixtures), "segmentation": (1.0, supervised)}
+
+    def mixture_terms(self, output: Any, mixtures: Mixtures) -> dict[str, Weighted]:
+        """The terms of both parts of the mixtures, of which `output` is the network's."""
+        weight = 1.0 if self.warming_up else self.unlabeled_weight * self.ramp
+        self.terms["unlabeled_part_weight"] = weight
+        labeled = self.loss_of_part(output, mixtures.target, ~mixtures.other)
+        unlabeled = self.loss_of_part(output, mixtures.target, mixtures.other)
+        return {
+            "labeled_part": (self.mixture_weight, labeled),
+            "unlabeled_part": (self.mixture_weight * weight, unlabeled),
+        }
+
+    def mixtures(self, batch: Batch) -> Mixtures:
+        """For each unlabelled sample (without any: for each labelled one) the mixture `x_in`, then all `x_out`.
 
         Raises:
             ValueError: the batch has no labelled sample.
         """
-        target = as_list(batch["target"])
-        labeled, strong = batch["data"][: len(target[0])], batch["data"][len(target[0]) :]
-        if not len(labeled):
+        if not len(batch.labeled):
             raise ValueError(f"{type(self).__name__} mixes with labelled samples; this batch has no labelled sample")
-        count = len(strong) or len(labeled)
-        first, second = self.pairs([labeled, *target], count)
-        masks = box_masks(count, labeled.shape[2:], self.box_ratio, labeled.device)
+        count = len(batch.strong) or len(batch.labeled)
+        first, second = self.pairs([batch.labeled, *batch.target], count)
+        masks = box_masks(count, batch.labeled.shape[2:], self.box_ratio, batch.labeled.device)
         if self.warming_up:
             inward, outward = mix_all(first, second, masks), mix_all(second, first, masks)
         else:
-            other = [strong, *self.pseudo_labels(batch["data_weak"], target)]
+            other = [batch.strong, *self.pseudo_labels(batch.weak, batch.target)]
             inward, outward = mix_all(first, other, masks), mix_all(other, second, masks)
-        mixtures, *mixed_target = map(torch.cat, zip(inward, outward, strict=True))
-        return {
-            **batch,
-            "data": torch.cat((labeled, mixtures)),
-            "mixed_target": mixed_target,
-            "other_part": torch.cat((~masks, masks)),
-        }
+        images, *target = map(torch.cat, zip(inward, outward, strict=True))
+        return Mixtures(images, target, torch.cat((~masks, masks)))
 
     @staticmethod
     def pairs(labeled: Sequence[Tensor], count: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -140,34 +164,19 @@ class CopyPaste(WithTeacher):
         labels = torch.cat((labels, ignored), 1)
         return [at_size(labels, scale.shape[2:]).to(scale.dtype) for scale in target]
 
-    def semi_supervised_loss(self, output, target, batch) -> Tensor:
-        other = batch["other_part"]
-        mixtures = [scale[-len(other) :] for scale in output]
-        terms = {
-            "segmentation": self.supervised_loss(output, target),
-            "labeled_part": self.loss_of_part(mixtures, batch["mixed_target"], ~other),
-            "unlabeled_part": self.loss_of_part(mixtures, batch["mixed_target"], other),
-        }
-        weight = 1.0 if self.warming_up else self.unlabeled_weight * self.ramp
-        self.keep_terms({**terms, "unlabeled_part_weight": torch.tensor(weight)})
-        mixed = terms["labeled_part"] + weight * terms["unlabeled_part"]
-        return terms["segmentation"] + self.mixture_weight * mixed
-
-    def loss_of_part(self, output: Sequence[Tensor], target: Sequence[Tensor], part: Tensor) -> Tensor:
+    def loss_of_part(self, output: Any, target: Sequence[Tensor], part: Tensor) -> Tensor:
         """Sum over `x_in` and `x_out` of nnU-Net's loss where a part is.
 
         At a scale so coarse that no voxel of a sample is in the part, its loss is a constant.
 
         Args:
-            output: of all mixtures at every scale, `(2 U, K, *spatial)`.
-            target: likewise, `(2 U, 1 or R, *spatial)`.
+            output: the network's, of all `2 U` mixtures.
+            target: at every scale, `(2 U, 1 or R, *spatial)`.
             part: boolean, `(2 U, 1, *spatial)`, at full resolution.
         """
         kept = [self.foreground.ignore_elsewhere(scale, at_size(part, scale.shape[2:])) for scale in target]
-        return sum(
-            self.apply_loss(self.partial_loss, [s.chunk(2)[half] for s in output], [s.chunk(2)[half] for s in kept])
-            for half in (0, 1)
-        )
+        inward, outward = zip(*(cut(values, len(part) // 2) for values in (output, kept)), strict=True)
+        return self.apply_loss(self.partial_loss, *inward) + self.apply_loss(self.partial_loss, *outward)
 
     def _unlabeled_of_this_rank(self) -> int:
         samples = super()._unlabeled_of_this_rank()
@@ -184,13 +193,15 @@ class CopyPaste(WithTeacher):
 
 def enable_ignoring(loss: nn.Module, foreground: Foreground) -> None:
     """Changes nnU-Net's loss so that it leaves out what :meth:`Foreground.ignore_elsewhere` marks, also in a data set
-    without an ignore label.
+    without an ignore label. (The k-means network's further loss leaves it out anyway.)
 
     Raises:
         NotImplementedError: it is not Dice with cross-entropy, whose way to ignore voxels is known. (TopK counts
             ignored voxels among those of which it takes the worst.)
     """
-    inner = loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
+    inner = loss
+    while isinstance(inner, (DeepSupervisionWrapper, KMaxLoss)):
+        inner = inner.loss
     if isinstance(inner, DC_and_CE_loss):
         inner.ignore_label = inner.ce.ignore_index = foreground.ignored_label
     elif not isinstance(inner, DC_and_BCE_loss):

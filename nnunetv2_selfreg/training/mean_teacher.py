@@ -7,7 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from nnunetv2_selfreg.data.batch import Batch
 from nnunetv2_selfreg.losses.consistency import certain_voxels, probabilities, squared_consistency
+from nnunetv2_selfreg.losses.terms import Weighted
+from nnunetv2_selfreg.tensors import at_full_resolution
 from nnunetv2_selfreg.training.teacher import WithTeacher
 
 
@@ -21,7 +24,7 @@ class MeanTeacher(WithTeacher):
     """
 
     consistency_weight: float = 0.1
-    """`w`."""
+    """`w`, of the consistency at the end of the ramp."""
     teacher_noise: float = 0.1
     """Standard deviation of the noise on the teacher's images, which is clipped at twice that."""
     ramp_up_length = 0.4
@@ -31,17 +34,17 @@ class MeanTeacher(WithTeacher):
         self._require("teacher_noise", self.teacher_noise >= 0, "0 at least")
         super().initialize()
 
-    def semi_supervised_loss(self, output, target, batch) -> Tensor:
-        supervised = self.supervised_loss(output, target)
-        student = probabilities(output[0][-len(batch["data_weak"]) :], self.label_manager.has_regions)
+    def weighted_terms(self, batch: Batch) -> dict[str, Weighted]:
+        labeled, strong = batch.cut(self.network(batch.images))
+        supervised = self.supervised_loss(labeled, batch.target)
+        student = probabilities(at_full_resolution(strong), self.label_manager.has_regions)
         with torch.no_grad():
-            teacher, kept = self.teach(batch["data_weak"])
-        consistency = squared_consistency(student, teacher, kept)
-        weight = self.consistency_weight * self.ramp
-        kept_voxels = {} if kept is None else {"kept_voxels": kept.float().mean()}
-        weighted = {"consistency": consistency, "consistency_weight": torch.tensor(weight)}
-        self.keep_terms({"segmentation": supervised, **weighted, **kept_voxels})
-        return supervised + weight * consistency
+            teacher, kept = self.teach(batch.weak)
+        weight = self.terms["consistency_weight"] = self.consistency_weight * self.ramp
+        return {
+            "segmentation": (1.0, supervised),
+            "consistency": (weight, squared_consistency(student, teacher, kept)),
+        }
 
     def teach(self, weak: Tensor) -> tuple[Tensor, Tensor | None]:
         """The teacher's probabilities `(U, K, *spatial)`, and which voxels count: None for all."""
@@ -68,4 +71,6 @@ class UncertaintyAwareMeanTeacher(MeanTeacher):
 
     def teach(self, weak: Tensor) -> tuple[Tensor, Tensor | None]:
         mean = sum(self._noisy_probabilities(weak) for _ in range(self.teacher_passes)) / self.teacher_passes
-        return self._noisy_probabilities(weak), certain_voxels(mean, self.label_manager.has_regions, self.ramp)
+        kept = certain_voxels(mean, self.label_manager.has_regions, self.ramp)
+        self.terms["kept_voxels"] = kept.float().mean()
+        return self._noisy_probabilities(weak), kept

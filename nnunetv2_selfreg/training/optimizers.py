@@ -22,16 +22,16 @@ class WarmUpAdamW(ReliableTraining):
     """The largest; ours (published: 1e-4, constant for UX-Net and after a warm-up for SwinUNETR)."""
     adamw_weight_decay: float = 1e-2
     """torch's default."""
-    warm_up: float = 0.05
+    learning_rate_warm_up: float = 0.05
     """Share of the epochs in which the learning rate grows, in whole epochs, so none of a training with 10 or fewer."""
 
     def configure_optimizers(self) -> tuple[Optimizer, WarmUpPolyLR]:
         self._require("learning_rate", 0 < self.learning_rate < math.inf, "finite and greater than 0")
         self._require("adamw_weight_decay", 0 <= self.adamw_weight_decay < math.inf, "finite and 0 at least")
-        self._require("warm_up", 0 <= self.warm_up < 1, "in [0, 1)")
+        self._require("learning_rate_warm_up", 0 <= self.learning_rate_warm_up < 1, "in [0, 1)")
         self.initial_lr, self.weight_decay = self.learning_rate, self.adamw_weight_decay
         optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
-        warm_up = min(round(self.warm_up * self.num_epochs), self.num_epochs - 1)
+        warm_up = min(round(self.learning_rate_warm_up * self.num_epochs), self.num_epochs - 1)
         return optimizer, WarmUpPolyLR(optimizer, self.initial_lr, self.num_epochs, warm_up)
 
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
-from torch import Tensor
 from torch import distributed as dist
+from torch import nn
 
-from nnunetv2_selfreg.errors import CommandError
+from nnunetv2_selfreg.errors import UserError
 from nnunetv2_selfreg.files import replacing
+from nnunetv2_selfreg.losses.terms import Terms
 from nnunetv2_selfreg.training.progress import add_terms_panel
 
 if TYPE_CHECKING:
@@ -30,24 +31,30 @@ class ReliableTraining(_Trainer):
 
     * A checkpoint is written beside its place and renamed: a kill at any moment leaves the last one whole.
     * A loss that is not finite, in training or validation, stops the run before anything is saved.
-    * The terms of :meth:`loss_terms` are logged each epoch with nnU-Net's logger: in the log file, in a panel of
+    * What the losses note in `terms` is logged each epoch with nnU-Net's logger: in the log file, in a panel of
       `progress.png`, in Weights & Biases, in the checkpoint.
 
-    A way of training that replaces nnU-Net's optimisation step overrides :meth:`optimise`; one whose loss has several
-    terms extends :meth:`loss_terms`.
+    A way of training that replaces nnU-Net's optimisation step overrides :meth:`optimise`.
     """
+
+    terms: Terms
+    """Of the loss of the last training step: the only store, which all losses of the trainer share."""
+    segmentation_loss: nn.Module
+    """What `_build_loss` made, whatever has wrapped `loss` since, as SelfReg does."""
+
+    def initialize(self) -> None:
+        self.terms = Terms()
+        super().initialize()
+        self.segmentation_loss = self.loss
 
     def optimise(self, batch: dict) -> dict:
         """One optimisation step, nnU-Net's here. Returns what nnUNetTrainer.train_step returns, `{"loss": array}`."""
         return super().train_step(batch)
 
-    def loss_terms(self) -> dict[str, Tensor]:
-        """The detached scalar terms of the last training step, by the name under which they are logged."""
-        return {}
-
     def train_step(self, batch: dict) -> dict:
+        self.terms.clear()
         outputs = self.optimise(batch)
-        terms = {name: term.item() for name, term in self.loss_terms().items()}
+        terms = {name: float(term) for name, term in self.terms.items()}
         self._stop_unless_finite({"loss": outputs["loss"], **terms}, batch)
         return {**outputs, **terms}
 
@@ -59,8 +66,7 @@ class ReliableTraining(_Trainer):
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         super().on_train_epoch_end(train_outputs)
         terms = {
-            name: float(np.mean(gather_from_ranks([outputs[name] for outputs in train_outputs])))
-            for name in self.loss_terms()
+            name: float(np.mean(gather_from_ranks([outputs[name] for outputs in train_outputs]))) for name in self.terms
         }
         for name, value in terms.items():
             self.log_epoch_value(name, value)
@@ -70,7 +76,7 @@ class ReliableTraining(_Trainer):
         super().on_epoch_end()
         if self.local_rank == 0:
             curves = self.logger.local_logger.my_fantastic_logging
-            add_terms_panel(self.output_folder, {name: curves[name] for name in self.loss_terms()})
+            add_terms_panel(self.output_folder, {name: curves[name] for name in self.terms})
 
     def save_checkpoint(self, filename: str) -> None:
         if self.local_rank != 0 or self.disable_checkpointing:
@@ -93,7 +99,7 @@ class ReliableTraining(_Trainer):
         state = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False).get(EXTRA_STATE, {})
         missing = sorted(set(self.extra_state()) - set(state))
         if missing:
-            raise CommandError(
+            raise UserError(
                 f"{filename_or_checkpoint} has no {', '.join(missing)}: another trainer wrote it. To start from its "
                 "weights, begin a new training with -pretrained_weights."
             )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from nnunetv2_selfreg.features import FeatureTaps
 from nnunetv2_selfreg.losses import SelfRegularizedLoss
+from nnunetv2_selfreg.networks.features import FeatureTaps
 from nnunetv2_selfreg.training.reliable import ReliableTraining
 
 
@@ -31,7 +29,7 @@ class SelfRegularized(ReliableTraining):
     """Computes the terms and adds them; a subclass of it may compute them in another way."""
 
     def initialize(self) -> None:
-        # Not in _build_loss: that stays the segmentation loss, of which a trainer may build further ones.
+        # Not in _build_loss: what that makes stays the segmentation loss, of which a trainer may build further ones.
         super().initialize()
         if self.lambda_scr == self.lambda_ifd == 0:
             return
@@ -42,7 +40,5 @@ class SelfRegularized(ReliableTraining):
             self.lambda_ifd,
             self.ifd_order,
             self.ifd_stop_gradient,
+            self.terms,
         )
-
-    def loss_terms(self) -> dict[str, Tensor]:
-        return {**super().loss_terms(), **getattr(self.loss, "terms", {})}

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from nnunetv2_selfreg.features import unwrap
 from nnunetv2_selfreg.losses.consistency import probabilities
+from nnunetv2_selfreg.networks.features import unwrap
+from nnunetv2_selfreg.tensors import at_full_resolution, map_tensors
 from nnunetv2_selfreg.training.reliable import sum_over_ranks
 from nnunetv2_selfreg.training.semi_supervised import SemiSupervised
 
@@ -54,9 +55,7 @@ class WithTeacher(SemiSupervised):
     @torch.no_grad()
     def teacher_probabilities(self, images: Tensor) -> Tensor:
         """What the teacher says of `images`, `(B, K, *spatial)` in at least single precision."""
-        output = self._run_teacher(images)
-        output = output[0] if isinstance(output, (list, tuple)) else output
-        return probabilities(output, self.label_manager.has_regions)
+        return probabilities(at_full_resolution(self._run_teacher(images)), self.label_manager.has_regions)
 
     def after_step(self) -> None:
         self.teacher.update_parameters(unwrap(self.network))
@@ -81,7 +80,7 @@ class WithTeacher(SemiSupervised):
 
     def validation_step(self, batch: dict) -> dict:
         # nnU-Net's step overwrites ignored voxels of the target, so each pass gets its own.
-        copy = {**batch, "target": _cloned(batch["target"])}
+        copy = {**batch, "target": map_tensors(Tensor.clone, batch["target"])}
         student = super().validation_step(copy)
         with self.teacher_weights():
             outputs = super().validation_step(batch)
@@ -115,7 +114,3 @@ class WithTeacher(SemiSupervised):
         self.teacher.module.load_state_dict(unwrap(self.network).state_dict())  # network_weights are the teacher's
         self.teacher.n_averaged.fill_(state["teacher_steps"])
         unwrap(self.network).load_state_dict(state["student_weights"])
-
-
-def _cloned(target):
-    return [scale.clone() for scale in target] if isinstance(target, list) else target.clone()

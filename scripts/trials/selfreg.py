@@ -3,9 +3,9 @@
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunetv2_selfreg.features import FeatureTaps
 from nnunetv2_selfreg.losses import SelfRegularizedLoss
 from nnunetv2_selfreg.losses.consistency import gaussian_ramp_up
+from nnunetv2_selfreg.networks.features import FeatureTaps
 from nnunetv2_selfreg.training.selfreg import SelfRegularized
 
 

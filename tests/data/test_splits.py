@@ -13,7 +13,7 @@ from workspace import Run
 
 from nnunetv2_selfreg import cli
 from nnunetv2_selfreg.data.splits import new_fold
-from nnunetv2_selfreg.errors import CommandError
+from nnunetv2_selfreg.errors import UserError
 
 CASES = [f"case_{i:02d}" for i in range(20)]
 
@@ -60,12 +60,12 @@ def test_fraction_is_rounded_to_at_least_one_case_and_a_fifth_validates(labeled,
 @pytest.mark.parametrize("size", [0, -1, 21, 0.0, 1.0, -0.5, 1.5, float("nan"), float("inf")])
 @pytest.mark.parametrize("option", ["labeled", "val"])
 def test_impossible_size(option, size):
-    with pytest.raises(CommandError, match=rf"^--{option} {size} is .* Give"):
+    with pytest.raises(UserError, match=rf"^--{option} {size} is .* Give"):
         new_fold(CASES, **{"labeled": 1, "val": 1, option: size})
 
 
 def test_more_labelled_and_validating_than_there_are():
-    with pytest.raises(CommandError, match=r"--labeled 17 and --val 0\.2 are 17 \+ 4 cases, .* only 20"):
+    with pytest.raises(UserError, match=r"--labeled 17 and --val 0\.2 are 17 \+ 4 cases, .* only 20"):
         new_fold(CASES, 17)
 
 

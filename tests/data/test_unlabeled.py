@@ -9,7 +9,7 @@ import pytest
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nnUNetDatasetNumpy
 
 from nnunetv2_selfreg.data.unlabeled import find_pool
-from nnunetv2_selfreg.errors import CommandError
+from nnunetv2_selfreg.errors import UserError
 
 IMAGE = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5)
 SEGMENTATION = np.zeros((1, 3, 4, 5), np.int16)
@@ -53,7 +53,7 @@ def test_memory_does_not_grow_with_the_pool(folder):
 def test_cases_made_with_other_plans_are_an_error(folder, change):
     file = folder.with_name("plans_3d_unlabeled") / "preprocessing.json"
     file.write_text(json.dumps(change)) if change else file.unlink()
-    with pytest.raises(CommandError, match=r"plans_3d_unlabeled was preprocessed with other plans.*Delete that folder"):
+    with pytest.raises(UserError, match=r"plans_3d_unlabeled was preprocessed with other plans.*Delete that folder"):
         find_pool(folder, {"train": ["a"], "val": ["b"]}, 5, RECIPE)
 
 
@@ -85,13 +85,13 @@ def test_case_that_is_labelled_too_is_an_error(folder, part, case):
     fold = {"train": ["a"], "val": ["b"], "unlabeled": ["c"]}
     fold[part] = [*fold[part], case]
     remedy = "one of the two lists" if case == "c" else "delete its .b2nd and .pkl file in .*plans_3d_unlabeled"
-    with pytest.raises(CommandError, match=f"Fold 5 has {case} in {part} and among the unlabelled.*{remedy}"):
+    with pytest.raises(UserError, match=f"Fold 5 has {case} in {part} and among the unlabelled.*{remedy}"):
         find_pool(folder, fold, 5, RECIPE)
 
 
 def test_unknown_case_is_an_error(folder):
     with pytest.raises(
-        CommandError,
+        UserError,
         match=r"Fold 5 lists u, v, w and 1 more as unlabeled, but neither .*plans_3d nor .*plans_3d_unlabeled has",
     ):
         find_pool(folder, {"train": ["a"], "val": ["b"], "unlabeled": ["u", "v", "w", "z"]}, 5, RECIPE)
@@ -100,5 +100,5 @@ def test_unknown_case_is_an_error(folder):
 def test_empty_pool_is_an_error_that_names_both_ways_out(folder):
     for file in folder.with_name("plans_3d_unlabeled").iterdir():
         file.unlink()
-    with pytest.raises(CommandError, match=r"no unlabelled case.*preprocess_unlabeled.*split"):
+    with pytest.raises(UserError, match=r"no unlabelled case.*preprocess_unlabeled.*split"):
         find_pool(folder, {"train": ["a"], "val": ["b"]}, 5, RECIPE)

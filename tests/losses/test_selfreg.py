@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunetv2_selfreg.losses import SelfRegularizedLoss, internal_feature_distillation, semantic_consistency
-from nnunetv2_selfreg.losses.pooling import average_pool
 from nnunetv2_selfreg.losses.selfreg import channel_ranking
+from nnunetv2_selfreg.tensors import average_pool
 
 SHAPES = [  # feature, final
     ((2, 6, 4, 4), (2, 4, 8, 8)),  # 2D

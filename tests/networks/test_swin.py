@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from monai.networks.nets import SwinUNETR as OfMonai
 
-from nnunetv2_selfreg.features import FeatureTaps
+from nnunetv2_selfreg.networks.features import FeatureTaps
 from nnunetv2_selfreg.networks.swin import SwinUNETR, padded_shape
 
 

@@ -6,7 +6,7 @@ import torch
 from network_memory import peak_memory
 from uxnet_time import Assembled
 
-from nnunetv2_selfreg.features import FeatureTaps
+from nnunetv2_selfreg.networks.features import FeatureTaps
 from nnunetv2_selfreg.networks.uxnet import UXBlock, UXNet
 
 ISOTROPIC = [[1, 1, 1], *[[2, 2, 2]] * 4]

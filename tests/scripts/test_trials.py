@@ -9,7 +9,7 @@ import torch
 from workspace import Run
 
 from nnunetv2_selfreg.data.foreground import as_list
-from nnunetv2_selfreg.features import FeatureTaps
+from nnunetv2_selfreg.networks.features import FeatureTaps
 
 FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "trials"
 LAMBDAS = {

@@ -16,8 +16,8 @@ from torch import distributed as dist
 from workspace import Run, seed, start, weights, whole_and_resumed
 
 from nnunetv2_selfreg.data.foreground import as_list
-from nnunetv2_selfreg.errors import CommandError
-from nnunetv2_selfreg.mixing import at_size
+from nnunetv2_selfreg.data.mixing import at_size
+from nnunetv2_selfreg.errors import UserError
 from nnunetv2_selfreg.training.copy_paste import CopyPaste
 
 NAME = "nnUNetTrainerCopyPaste_4epochs_2iters"
@@ -458,7 +458,7 @@ def test_fold_without_an_unlabelled_case_is_named(run, tmp_path):
     shutil.rmtree(tmp_path / "preprocessed" / f"{name}_unlabeled", ignore_errors=True)
     trainer.preprocessed_dataset_folder_base = str(tmp_path / "preprocessed")
     trainer.preprocessed_dataset_folder = str(tmp_path / "preprocessed" / name)
-    with pytest.raises(CommandError, match="Fold 0 has no unlabelled case"):
+    with pytest.raises(UserError, match="Fold 0 has no unlabelled case"):
         trainer.get_dataloaders()
 
 

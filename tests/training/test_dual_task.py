@@ -11,7 +11,7 @@ from nnunetv2.training.loss.dice import SoftDiceLoss
 from workspace import Run, start, weights, whole_and_resumed
 
 from nnunetv2_selfreg.data import signed_distance_map
-from nnunetv2_selfreg.errors import CommandError
+from nnunetv2_selfreg.errors import UserError
 
 LENGTH = "_4epochs_2iters"
 DISTANCE_TERM = {"nnUNetTrainerDualTask": "distance", "nnUNetTrainerDualTaskMutual": "distance_dice"}
@@ -234,7 +234,7 @@ def test_checkpoint_of_another_family_is_refused_before_anything_is_loaded(write
     first.current_epoch = 5
     first.save_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
     second = Run(data_sets.name("labels"), "3d_fullres", f"{reader}_1epochs_1iters").build(continue_training=True)
-    with pytest.raises(CommandError, match=f"checkpoint_latest.pth has no {missing}.*-pretrained_weights"):
+    with pytest.raises(UserError, match=f"checkpoint_latest.pth has no {missing}.*-pretrained_weights"):
         second.load_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
     assert second.current_epoch == 0
     assert not torch.equal(weights(second.network)[0], weights(first.network)[0])

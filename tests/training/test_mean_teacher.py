@@ -14,7 +14,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch.optim.swa_utils import AveragedModel
 from workspace import Run, finish, start, weights, whole_and_resumed
 
-from nnunetv2_selfreg.errors import CommandError
+from nnunetv2_selfreg.errors import UserError
 from nnunetv2_selfreg.training.mean_teacher import MeanTeacher
 
 NAME = "nnUNetTrainerMeanTeacher_4epochs_2iters"
@@ -251,7 +251,7 @@ def test_checkpoint_without_a_teacher_is_an_error(run):
     stock.run_training()
     trainer = run.build(continue_training=True)
     with pytest.raises(
-        CommandError, match=r"checkpoint_final\.pth has no student_weights, teacher_steps.*-pretrained_weights"
+        UserError, match=r"checkpoint_final\.pth has no student_weights, teacher_steps.*-pretrained_weights"
     ):
         trainer.load_checkpoint(str(Path(stock.output_folder) / "checkpoint_final.pth"))
 
@@ -331,5 +331,5 @@ def test_corrupt_splits_are_named_before_anything_is_loaded(content, run, tmp_pa
     folder.mkdir()
     (folder / "splits_final.json").write_text(content)
     trainer.preprocessed_dataset_folder_base = str(folder)
-    with pytest.raises(CommandError, match=r"splits_final\.json.*restore it"):
+    with pytest.raises(UserError, match=r"splits_final\.json.*restore it"):
         trainer.unlabeled_pool()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from nnunetv2_selfreg.mixing import at_size, box_masks, box_sides, largest_components, mix
+from nnunetv2_selfreg.data.mixing import at_size, box_masks, box_sides, largest_components, mix
 
 
 @given(st.lists(st.integers(4, 12), min_size=2, max_size=3), st.floats(0.3, 0.95))

@@ -5,7 +5,7 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import nn
 
-from nnunetv2_selfreg.features import FeatureTaps
+from nnunetv2_selfreg.networks.features import FeatureTaps
 
 
 def u_net(cls=PlainConvUNet, dimension=2, stages=4):
