@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,6 +37,11 @@ multiprocessing.set_forkserver_preload(
         "nnunetv2.evaluation.evaluate_predictions",
     ]
 )
+
+
+# A loaded machine has no deadlines.
+settings.register_profile("no deadlines", deadline=None)
+settings.load_profile("no deadlines")
 
 
 def pytest_addoption(parser):

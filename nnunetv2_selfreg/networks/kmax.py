@@ -15,6 +15,7 @@ since those must work with two samples a step; LayerNorm before each residual br
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import NamedTuple
@@ -29,12 +30,27 @@ from nnunetv2_selfreg.networks.uxnet import UXNet, UXNetEncoder
 from nnunetv2_selfreg.tensors import at_least_single
 
 QUERIES = 128
-QUERY_WIDTH = 256
-KEY_WIDTH = 128
-HEADS = 8
-FEED_FORWARD_WIDTH = 2048
-LAYERS_PER_LEVEL = 2
-LEVELS = 3
+
+
+@dataclass(frozen=True)
+class MaskDecoderSizes:
+    """Sizes of the mask decoder besides the number of queries; the defaults are kMaX-DeepLab's."""
+
+    width: int = 256
+    """Channels of a query, and of its values."""
+    key_width: int = 128
+    """Channels in which voxels and queries are compared; a multiple of `heads`, as `width` is."""
+    heads: int = 8
+    """Of the queries' self-attention."""
+    feed_forward_width: int = 2048
+    """Hidden channels of the block after it."""
+    layers_per_level: int = 2
+    """k-means layers that read one feature map."""
+    levels: int = 3
+    """Feature maps that are read, from the bottleneck up; fewer where the decoder has fewer below full resolution."""
+
+
+PUBLISHED = MaskDecoderSizes()
 
 
 class KMaxOutput(NamedTuple):
@@ -55,14 +71,17 @@ class KMaxUXNet(UXNet):
 
     Args:
         queries: their number.
+        sizes: of the mask decoder.
         others: those of :class:`UXNet`, but `decoder`.
 
     Raises:
         ValueError: too few queries for the classes; what UX-Net raises.
     """
 
-    def __init__(self, *arguments, queries: int = QUERIES, **options) -> None:
-        super().__init__(*arguments, **options, decoder=partial(KMaxDecoder, queries=queries))
+    needs_deep_supervision = True  # or nothing teaches the layers which voxels are a query's
+
+    def __init__(self, *arguments, queries: int = QUERIES, sizes: MaskDecoderSizes = PUBLISHED, **options) -> None:
+        super().__init__(*arguments, **options, decoder=partial(KMaxDecoder, queries=queries, sizes=sizes))
 
     def blocks(self) -> list[nn.Module]:
         return [*super().blocks(), self.decoder.mask_decoder]
@@ -78,10 +97,11 @@ class KMaxDecoder(UNetResDecoder):
         n_conv_per_stage: Sequence[int],
         deep_supervision: bool,
         queries: int = QUERIES,
+        sizes: MaskDecoderSizes = PUBLISHED,
     ) -> None:
         super().__init__(encoder, num_classes, list(n_conv_per_stage), deep_supervision)
         below_full = encoder.output_channels[:0:-1]  # from the bottleneck up
-        self.mask_decoder = MaskDecoder(encoder.conv_op, below_full[:LEVELS], below_full[-1], num_classes, queries)
+        self.mask_decoder = MaskDecoder(encoder.conv_op, below_full, num_classes, queries, sizes)
 
     def forward(self, skips: list[Tensor]) -> Tensor | KMaxOutput:
         """The segmentation, or with deep supervision all that the loss needs.
@@ -110,10 +130,11 @@ class MaskDecoder(nn.Module):
     read then.
 
     Args:
-        level_channels: of the feature maps that update the queries, from the bottleneck up.
-        pixel_channels: of the feature map that the masks are read off.
+        channels: of the feature maps below full resolution, from the bottleneck up. The first ones update the queries,
+            the masks are read off the last one.
         num_classes: K, with background.
         queries: N.
+        sizes: of the rest.
 
     Raises:
         ValueError: too few queries for the classes.
@@ -122,22 +143,25 @@ class MaskDecoder(nn.Module):
     def __init__(
         self,
         conv_op: type[nn.Module],
-        level_channels: Sequence[int],
-        pixel_channels: int,
+        channels: Sequence[int],
         num_classes: int,
         queries: int,
+        sizes: MaskDecoderSizes = PUBLISHED,
     ) -> None:
         super().__init__()
         self.groups = query_groups(queries, num_classes)
-        self.queries = nn.Parameter(torch.randn(queries, QUERY_WIDTH))
+        self.layers_per_level = sizes.layers_per_level
+        self.queries = nn.Parameter(torch.randn(queries, sizes.width))
         self.layers = nn.ModuleList(
-            KMaxLayer(conv_op, channels) for channels in level_channels for _ in range(LAYERS_PER_LEVEL)
+            KMaxLayer(conv_op, of_level, sizes)
+            for of_level in channels[: sizes.levels]
+            for _ in range(sizes.layers_per_level)
         )
-        self.norm = ChannelNorm(pixel_channels)
-        self.masks = MaskPredictor(conv_op, pixel_channels)
-        self.query_norm = nn.LayerNorm(QUERY_WIDTH)
+        self.norm = ChannelNorm(channels[-1])
+        self.masks = MaskPredictor(conv_op, channels[-1], sizes)
+        self.query_norm = nn.LayerNorm(sizes.width)
         # -pretrained_weights leaves out what has this name, since its shape depends on the number of classes.
-        self.seg_layers = nn.Linear(QUERY_WIDTH, num_classes)
+        self.seg_layers = nn.Linear(sizes.width, num_classes)
 
     def forward(self, *features: Tensor) -> tuple[Tensor, ...]:
         """The segmentation at the resolution of the last feature map, then the logarithms of all merged assignments.
@@ -148,7 +172,7 @@ class MaskDecoder(nn.Module):
         queries = self.queries.expand(len(features[0]), -1, -1)
         log_assignments = []
         for number, layer in enumerate(self.layers):
-            queries, mask_logits = layer(queries, features[number // LAYERS_PER_LEVEL])
+            queries, mask_logits = layer(queries, features[number // self.layers_per_level])
             log_assignments.append(merged(log_query_distribution(mask_logits), self.groups))
         log_distribution = log_query_distribution(self.masks(queries, self.norm(features[-1])))
         scores = self.seg_layers(self.query_norm(queries)).to(log_distribution.dtype)
@@ -166,18 +190,19 @@ class KMaxLayer(nn.Module):
     logits learn from their own loss alone.
     """
 
-    def __init__(self, conv_op: type[nn.Module], channels: int) -> None:
+    def __init__(self, conv_op: type[nn.Module], channels: int, sizes: MaskDecoderSizes = PUBLISHED) -> None:
         super().__init__()
+        width = sizes.width
         self.norm = ChannelNorm(channels)
-        self.masks = MaskPredictor(conv_op, channels)
-        self.value = nn.Linear(channels, QUERY_WIDTH, bias=False)
-        self.update = nn.Sequential(nn.LayerNorm(QUERY_WIDTH), nn.Linear(QUERY_WIDTH, QUERY_WIDTH))
-        self.attention = nn.Sequential(nn.LayerNorm(QUERY_WIDTH), SelfAttention())
+        self.masks = MaskPredictor(conv_op, channels, sizes)
+        self.value = nn.Linear(channels, width, bias=False)
+        self.update = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
+        self.attention = nn.Sequential(nn.LayerNorm(width), SelfAttention(sizes))
         self.feed_forward = nn.Sequential(
-            nn.LayerNorm(QUERY_WIDTH),
-            nn.Linear(QUERY_WIDTH, FEED_FORWARD_WIDTH),
+            nn.LayerNorm(width),
+            nn.Linear(width, sizes.feed_forward_width),
             nn.GELU(),
-            nn.Linear(FEED_FORWARD_WIDTH, QUERY_WIDTH),
+            nn.Linear(sizes.feed_forward_width, width),
         )
 
     def forward(self, queries: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,10 +218,10 @@ class MaskPredictor(nn.Module):
     """Mask logits `(B, N, *spatial)`: the L2-normalised key of each voxel of a feature map `(B, C, *spatial)` times the
     key of each query `(B, N, width)`."""
 
-    def __init__(self, conv_op: type[nn.Module], channels: int) -> None:
+    def __init__(self, conv_op: type[nn.Module], channels: int, sizes: MaskDecoderSizes = PUBLISHED) -> None:
         super().__init__()
-        self.voxel_key = conv_op(channels, KEY_WIDTH, 1)
-        self.query_key = nn.Sequential(nn.LayerNorm(QUERY_WIDTH), nn.Linear(QUERY_WIDTH, KEY_WIDTH))
+        self.voxel_key = conv_op(channels, sizes.key_width, 1)
+        self.query_key = nn.Sequential(nn.LayerNorm(sizes.width), nn.Linear(sizes.width, sizes.key_width))
 
     def forward(self, queries: Tensor, feature: Tensor) -> Tensor:
         key = F.normalize(at_least_single(self.voxel_key(feature)), dim=1)  # squares leave half precision's range
@@ -206,13 +231,16 @@ class MaskPredictor(nn.Module):
 class SelfAttention(nn.Module):
     """Of the queries; the published one has narrower keys than values, which `nn.MultiheadAttention` has not."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: MaskDecoderSizes = PUBLISHED) -> None:
         super().__init__()
-        self.query, self.key = nn.Linear(QUERY_WIDTH, KEY_WIDTH), nn.Linear(QUERY_WIDTH, KEY_WIDTH)
-        self.value, self.output = nn.Linear(QUERY_WIDTH, QUERY_WIDTH), nn.Linear(QUERY_WIDTH, QUERY_WIDTH)
+        width, key_width, self.heads = sizes.width, sizes.key_width, sizes.heads
+        self.query, self.key = nn.Linear(width, key_width), nn.Linear(width, key_width)
+        self.value, self.output = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, queries: Tensor) -> Tensor:
-        heads = (part(queries).unflatten(2, (HEADS, -1)).transpose(1, 2) for part in (self.query, self.key, self.value))
+        heads = (
+            part(queries).unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)
+        )
         return self.output(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
 
 

@@ -21,7 +21,7 @@ from workspace import SHAPE
 
 from nnunetv2_selfreg import cli
 from nnunetv2_selfreg.data import images, preprocessing
-from nnunetv2_selfreg.data.two_stream import outside_of_body
+from nnunetv2_selfreg.data.views import outside_of_body
 
 GOOD = ("new_000", "new_001")
 BAD = {

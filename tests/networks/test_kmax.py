@@ -66,7 +66,7 @@ def test_merged_assignment_sums_each_group():
 
 def test_segmentation_is_the_distribution_times_the_class_scores():
     torch.manual_seed(0)
-    decoder = MaskDecoder(torch.nn.Conv2d, [8, 4], 4, 3, 16)
+    decoder = MaskDecoder(torch.nn.Conv2d, [8, 4], 3, 16)
     features = [torch.randn(1, 8, 2, 3), torch.randn(1, 4, 4, 6)]
     seen = {}
     decoder.masks.register_forward_hook(lambda _m, _i, output: seen.update(masks=output))

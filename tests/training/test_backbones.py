@@ -232,7 +232,7 @@ def test_learning_rate_grows_and_falls():
 
 
 def test_optimiser_is_adamw_with_the_attributes(build):
-    trainer = build(UXNet, learning_rate=2e-3, adamw_weight_decay=0.1, warm_up=0.5)
+    trainer = build(UXNet, learning_rate=2e-3, adamw_weight_decay=0.1, learning_rate_warm_up=0.5)
     assert isinstance(trainer.optimizer, torch.optim.AdamW)
     assert trainer.optimizer.defaults["weight_decay"] == 0.1
     assert (trainer.initial_lr, trainer.weight_decay) == (2e-3, 0.1)
@@ -242,7 +242,7 @@ def test_optimiser_is_adamw_with_the_attributes(build):
 
 @pytest.mark.parametrize(("warm_up", "epochs"), [(0.9, 4), (0.6, 1)])
 def test_warm_up_ends_before_the_training(warm_up, epochs, build):
-    trainer = build(UXNet, warm_up=warm_up)
+    trainer = build(UXNet, learning_rate_warm_up=warm_up)
     trainer.num_epochs = epochs
     optimizer, schedule = trainer.configure_optimizers()
     schedule.step(epochs - 1)
@@ -251,7 +251,12 @@ def test_warm_up_ends_before_the_training(warm_up, epochs, build):
 
 @pytest.mark.parametrize(
     ("attribute", "value"),
-    [("learning_rate", 0.0), ("learning_rate", float("nan")), ("adamw_weight_decay", -1.0), ("warm_up", 1.0)],
+    [
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("adamw_weight_decay", -1.0),
+        ("learning_rate_warm_up", 1.0),
+    ],
 )
 def test_impossible_attribute_is_an_error(attribute, value, build):
     with pytest.raises(ValueError, match=rf"UXNet\.{attribute} is {value}"):

@@ -15,10 +15,11 @@ from nnunetv2.training.nnUNetTrainer.variants.loss.nnUNetTrainerTopkLoss import 
 from torch import distributed as dist
 from workspace import Run, seed, start, weights, whole_and_resumed
 
-from nnunetv2_selfreg.data.foreground import as_list
+from nnunetv2_selfreg.data.batch import Batch
 from nnunetv2_selfreg.data.mixing import at_size
 from nnunetv2_selfreg.errors import UserError
-from nnunetv2_selfreg.training.copy_paste import CopyPaste
+from nnunetv2_selfreg.tensors import as_list
+from nnunetv2_selfreg.training.copy_paste import CopyPaste, Mixtures
 
 NAME = "nnUNetTrainerCopyPaste_4epochs_2iters"
 VARIANTS = ("labels", "regions", "ignore", "regions_ignore")
@@ -41,10 +42,17 @@ def after_warm_up(trainer):
     return trainer
 
 
-def mixed(trainer) -> tuple[dict, dict]:
-    """A batch of the loaders, and what the student gets of it."""
-    batch = next(trainer.dataloader_train)
-    return batch, trainer.student_batch(batch)
+def mixed(trainer) -> tuple[Batch, Mixtures]:
+    """A batch of the loaders, and the mixtures of it."""
+    batch = Batch.split(next(trainer.dataloader_train))
+    return batch, trainer.mixtures(batch)
+
+
+def loss_of_output(trainer, output, batch: Batch, mixtures: Mixtures) -> torch.Tensor:
+    """The loss if this is the network's output of the labelled samples and these mixtures."""
+    trainer.network, trainer.mixtures = (lambda _: output), (lambda _: mixtures)
+    trainer.terms.clear()
+    return trainer.terms.total(trainer.weighted_terms(batch))
 
 
 def at_every_scale(target: torch.Tensor, like: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -54,11 +62,11 @@ def at_every_scale(target: torch.Tensor, like: list[torch.Tensor]) -> list[torch
     return [torch.stack(scale) for scale in zip(*map(downsample, target), strict=True)]
 
 
-def cut(batch: dict, labeled: int, unlabeled: int) -> dict:
-    """A batch of other numbers of samples, made of one of 3 and 3."""
-    data = torch.cat((batch["data"][:labeled], batch["data"][3 : 3 + unlabeled]))
-    target = [scale[:labeled] for scale in batch["target"]]
-    return {**batch, "data": data, "target": target, "data_weak": batch["data_weak"][:unlabeled]}
+def some_of(batch: dict, labeled: int, unlabeled: int) -> Batch:
+    """Of one of 3 and 3 samples."""
+    whole = Batch.split(batch)
+    target = [scale[:labeled] for scale in whole.target]
+    return Batch(whole.labeled[:labeled], whole.strong[:unlabeled], whole.weak[:unlabeled], target)
 
 
 @pytest.fixture
@@ -75,42 +83,50 @@ NUMBERS = [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3), (3, 3)]
 @pytest.mark.parametrize(("labeled", "unlabeled"), NUMBERS)
 def test_mixtures_go_both_ways_and_have_different_labelled_samples(labeled, unlabeled, three):
     trainer = after_warm_up(three)
-    batch = cut(next(trainer.dataloader_train), labeled, unlabeled)
-    mine, strong, target = batch["data"][:labeled], batch["data"][labeled:], batch["target"]
-    student = trainer.student_batch(batch)
-    pseudo = trainer.pseudo_labels(batch["data_weak"], target)[0]
-    assert len(student["data"]) == labeled + 2 * unlabeled
-    assert torch.equal(student["data"][:labeled], mine)
-    inward, outward = student["other_part"].chunk(2)
+    batch = some_of(next(trainer.dataloader_train), labeled, unlabeled)
+    seen, network = [], trainer.network
+    trainer.network = lambda images: seen.append(images) or network(images)
+    made, mixtures = [], trainer.mixtures
+    trainer.mixtures = lambda batch: made.append(mixtures(batch)) or made[-1]
+    trainer.weighted_terms(batch)
+    (images,), (mixtures,) = seen, made
+    assert len(images) == labeled + 2 * unlabeled
+    assert torch.equal(images, torch.cat((batch.labeled, mixtures.images)))
+    pseudo = trainer.pseudo_labels(batch.weak, batch.target)[0]
+    inward, outward = mixtures.other.chunk(2)
     assert torch.equal(inward, ~outward)
-    sides = [int(2 / 3 * length) for length in mine.shape[2:]]
+    sides = [int(2 / 3 * length) for length in images.shape[2:]]
     assert (inward.sum((1, 2, 3, 4)) == np.prod(sides)).all()
-    mixtures, labels = student["data"][labeled:], student["mixed_target"][0]
+    labels = mixtures.target[0]
     for u in range(unlabeled):
         for number, partner, part in ((u, u, inward[u]), (unlabeled + u, u + 1, outward[u])):
             partner %= labeled
-            assert torch.equal(mixtures[number], torch.where(part, strong[u], mine[partner]))
-            assert torch.equal(labels[number], torch.where(part, pseudo[u], target[0][partner]))
-    for scale, expected in zip(student["mixed_target"], at_every_scale(labels, student["mixed_target"]), strict=True):
+            assert torch.equal(mixtures.images[number], torch.where(part, batch.strong[u], batch.labeled[partner]))
+            assert torch.equal(labels[number], torch.where(part, pseudo[u], batch.target[0][partner]))
+    for scale, expected in zip(mixtures.target, at_every_scale(labels, mixtures.target), strict=True):
         assert torch.equal(scale, expected)
+
+
+def test_each_mixture_has_a_box_of_its_own(three):
+    boxes = mixed(after_warm_up(three))[1].other[:3]
+    assert len({tuple(box.nonzero()[0].tolist()) for box in boxes}) > 1
 
 
 @pytest.mark.parametrize(("labeled", "unlabeled"), NUMBERS)
 def test_mixtures_are_of_labelled_samples_until_the_warm_up_ends(labeled, unlabeled, three):
     trainer = start(three)
-    trainer.warm_up = 0.25  # one epoch of four
+    trainer.mixture_warm_up = 0.25  # one epoch of four
     trainer.teacher_probabilities = None  # not asked
-    batch = cut(next(trainer.dataloader_train), labeled, unlabeled)
-    require_mixtures_of_labeled(batch, trainer.student_batch(batch), unlabeled)
+    batch = some_of(next(trainer.dataloader_train), labeled, unlabeled)
+    require_mixtures_of_labeled(batch, trainer.mixtures(batch), unlabeled)
 
 
-def require_mixtures_of_labeled(batch: dict, student: dict, count: int) -> None:
+def require_mixtures_of_labeled(batch: Batch, made: Mixtures, count: int) -> None:
     """`count` in each direction."""
-    target = as_list(batch["target"])[0]
-    labeled = len(target)
-    mine = batch["data"][:labeled]
-    mixtures, labels = student["data"][labeled:], student["mixed_target"][0]
-    box = student["other_part"][:count]
+    mine, target = batch.labeled, batch.target[0]
+    labeled = len(mine)
+    mixtures, labels = made.images, made.target[0]
+    box = made.other[:count]
     assert len(mixtures) == len(labels) == 2 * count
     for u in range(count):
         a, b = u % labeled, (u + 1) % labeled
@@ -119,7 +135,7 @@ def require_mixtures_of_labeled(batch: dict, student: dict, count: int) -> None:
             assert torch.equal(labels[number], torch.where(box[u], target[inside], target[outside]))
     if labeled > 1:
         assert not any(torch.equal(mixture, sample) for mixture in mixtures for sample in mine)
-    for scale, expected in zip(student["mixed_target"], at_every_scale(labels, student["mixed_target"]), strict=True):
+    for scale, expected in zip(made.target, at_every_scale(labels, made.target), strict=True):
         assert torch.equal(scale, expected)
 
 
@@ -140,7 +156,8 @@ def test_labels_alone_when_asked_for(variant, configuration, name, deep_supervis
     batch = next(trainer.dataloader_train)
     samples = trainer.configuration_manager.batch_size
     assert len(batch["data"]) == len(as_list(batch["target"])[0]) == samples
-    require_mixtures_of_labeled(batch, trainer.student_batch(batch), samples)
+    split = Batch.split(batch)
+    require_mixtures_of_labeled(split, trainer.mixtures(split), samples)
     assert trainer.train_step(batch)["unlabeled_part_weight"] == 1
     trainer.on_validation_epoch_start()
     assert np.isfinite(trainer.validation_step(next(trainer.dataloader_val))["loss"])
@@ -148,7 +165,7 @@ def test_labels_alone_when_asked_for(variant, configuration, name, deep_supervis
 
 def test_weight_of_the_unlabelled_part_is_full_in_the_warm_up_then_ramped(run):
     trainer = start(run.build())
-    trainer.warm_up = 0.25
+    trainer.mixture_warm_up = 0.25
     assert trainer.train_step(next(trainer.dataloader_train))["unlabeled_part_weight"] == 1
     trainer.current_epoch, trainer._steps_in_epoch = 1, 0
     weights_then = [trainer.train_step(next(trainer.dataloader_train))["unlabeled_part_weight"] for _ in range(2)]
@@ -158,7 +175,7 @@ def test_weight_of_the_unlabelled_part_is_full_in_the_warm_up_then_ramped(run):
 
 def test_weight_is_full_after_a_warm_up_that_is_longer_than_the_ramp(run):
     trainer = start(run.build())
-    trainer.warm_up = trainer.ramp_up_length = 0.25
+    trainer.mixture_warm_up = trainer.ramp_up_length = 0.25
     trainer.current_epoch = 1
     assert trainer.train_step(next(trainer.dataloader_train))["unlabeled_part_weight"] == 0.5
 
@@ -198,25 +215,23 @@ def of_both_halves(loss, output: list, target: list) -> torch.Tensor:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_of_a_box_is_nnunets_loss_of_the_cropped_box(variant, configuration, data_sets, results):
     trainer = after_warm_up(Run(data_sets.name(variant), configuration, NAME).build())
-    batch, student = mixed(trainer)
-    box = student["other_part"][:1]  # the same for all samples, so that they can be cropped
-    count = len(student["other_part"])
+    _, mixtures = mixed(trainer)
+    box = mixtures.other[:1]  # the same for all samples, so that they can be cropped
+    count = len(mixtures.other)
     with torch.no_grad():
-        output = [3 * torch.randn_like(scale) for scale in trainer.network(student["data"])]
-    mixtures, target = [scale[-count:] for scale in output], student["mixed_target"]
-    parts = [at_size(box, scale.shape[2:]) for scale in target]
+        output = [3 * torch.randn_like(scale) for scale in trainer.network(mixtures.images)]
+    parts = [at_size(box, scale.shape[2:]) for scale in mixtures.target]
     pairs = [
-        [cropped(values, part) for values, part in zip(scales, parts, strict=True)] for scales in (mixtures, target)
+        [cropped(values, part) for values, part in zip(scales, parts, strict=True)]
+        for scales in (output, mixtures.target)
     ]
     stock = nnUNetTrainer._build_loss(trainer)
     stock.weight_factors = trainer.partial_loss.weight_factors = COARSE_COUNTS
     expected = of_both_halves(stock, *pairs)
-    student["other_part"] = box.expand(count, -1, *box.shape[2:])
-    trainer.semi_supervised_loss(output, batch["target"], student)
-    torch.testing.assert_close(trainer.loss_terms()["unlabeled_part"], expected, rtol=1e-5, atol=1e-5)
-    student["other_part"] = ~student["other_part"]
-    trainer.semi_supervised_loss(output, batch["target"], student)
-    torch.testing.assert_close(trainer.loss_terms()["labeled_part"], expected, rtol=1e-5, atol=1e-5)
+    boxes = box.expand(count, -1, *box.shape[2:])
+    for name, other in (("unlabeled_part", boxes), ("labeled_part", ~boxes)):
+        _, found = trainer.mixture_terms(output, mixtures._replace(other=other))[name]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("deep_supervision", [True, False])
@@ -225,18 +240,18 @@ def test_loss_of_everything_is_nnunets_loss(variant, deep_supervision, data_sets
     trainer = Run(data_sets.name(variant), "3d_fullres", NAME).build()
     trainer.enable_deep_supervision = deep_supervision
     trainer = after_warm_up(trainer)
-    batch, student = mixed(trainer)
-    output = trainer.network(student["data"])
-    output = output if deep_supervision else [output]
-    student["other_part"] = torch.zeros_like(student["other_part"])
-    loss = trainer.semi_supervised_loss(output, batch["target"], student)
+    batch = next(trainer.dataloader_train)
+    mixtures = trainer.mixtures(Batch.split(batch))
+    output = trainer.network(mixtures.images)
+    nothing = mixtures._replace(other=torch.zeros_like(mixtures.other))
+    terms = trainer.mixture_terms(output, nothing)
     stock = nnUNetTrainer._build_loss(trainer)
     stock = (
         stock if deep_supervision else lambda output, target: nnUNetTrainer._build_loss(trainer)(output[0], target[0])
     )
-    expected = of_both_halves(stock, [scale[2:] for scale in output], student["mixed_target"])
-    torch.testing.assert_close(trainer.loss_terms()["labeled_part"], expected.detach())
-    assert torch.isfinite(loss)  # though nothing is unlabelled
+    expected = of_both_halves(stock, as_list(output), mixtures.target)
+    torch.testing.assert_close(terms["labeled_part"][1], expected)
+    assert torch.isfinite(terms["unlabeled_part"][1])  # though nothing is unlabelled
     assert np.isfinite(trainer.train_step(batch)["loss"])
 
 
@@ -244,12 +259,12 @@ def test_loss_of_everything_is_nnunets_loss(variant, deep_supervision, data_sets
 def test_ignored_voxels_stay_ignored(variant, data_sets, results):
     trainer = after_warm_up(Run(data_sets.name(variant), "3d_fullres", NAME).build())
     trainer.partial_loss.weight_factors = COARSE_COUNTS
-    batch, student = mixed(trainer)
-    output = [scale.detach().requires_grad_() for scale in trainer.network(student["data"])]
-    trainer.semi_supervised_loss(output, batch["target"], student).backward()
-    for scale, target in zip(output, student["mixed_target"], strict=True):
+    _, mixtures = mixed(trainer)
+    output = [scale.detach().requires_grad_() for scale in trainer.network(mixtures.images)]
+    trainer.terms.total(trainer.mixture_terms(output, mixtures)).backward()
+    for scale, target in zip(output, mixtures.target, strict=True):
         ignored = target[:, -1:] == (3 if variant == "ignore" else 1)
-        gradient = scale.grad[-len(target) :].abs().sum(1, keepdim=True)
+        gradient = scale.grad.abs().sum(1, keepdim=True)
         assert ignored.any()
         assert gradient[~ignored].min() > 0
         assert (gradient[ignored] == 0).all()
@@ -269,17 +284,18 @@ def test_weight_0_leaves_the_labelled_part(name, run):
     """In value and in gradient: of the mixtures' labelled voxels, and with `mixture_weight` of none of them."""
     trainer = after_warm_up(run.build())
     setattr(trainer, name, 0.0)
-    batch, student = mixed(trainer)
-    output = [scale.detach().requires_grad_() for scale in trainer.network(student["data"])]
-    loss = trainer.semi_supervised_loss(output, batch["target"], student)
+    batch, mixtures = mixed(trainer)
+    images = torch.cat((batch.labeled, mixtures.images))
+    output = [scale.detach().requires_grad_() for scale in trainer.network(images)]
+    loss = loss_of_output(trainer, output, batch, mixtures)
     loss.backward()
-    terms = trainer.loss_terms()
-    stock = nnUNetTrainer._build_loss(trainer)([scale.detach()[:2] for scale in output], batch["target"])
+    terms = trainer.terms
+    stock = nnUNetTrainer._build_loss(trainer)([scale.detach()[:2] for scale in output], batch.target)
     torch.testing.assert_close(terms["segmentation"], stock)
     labeled = trainer.mixture_weight * terms["labeled_part"]
     torch.testing.assert_close(loss.detach(), stock + labeled)
     gradient = output[0].grad[2:].abs().sum(1, keepdim=True)
-    assert (gradient[student["other_part"]] == 0).all()
+    assert (gradient[mixtures.other] == 0).all()
     assert (gradient.sum() > 0) == (name == "unlabeled_weight")
 
 
@@ -327,7 +343,7 @@ def test_largest_component_of_the_teachers_labels(variant, data_sets, results):
     [
         ("mixture_weight", -1),
         ("unlabeled_weight", float("nan")),
-        ("warm_up", 1.1),
+        ("mixture_warm_up", 1.1),
         ("ema_decay", 1.0),
     ],
 )
@@ -359,7 +375,7 @@ ALONE = [(1, 1, 0.1, True), (1, 1, 0.0, False), (2, 1, 0.1, False), (3, 2, 0.1, 
 @pytest.mark.parametrize(("batch_size", "processes", "warm_up", "told"), ALONE)
 def test_log_tells_that_one_sample_is_mixed_with_itself(batch_size, processes, warm_up, told, run, monkeypatch):
     trainer = with_samples(run, batch_size, processes, monkeypatch)
-    trainer.warm_up = warm_up
+    trainer.mixture_warm_up = warm_up
     trainer.initialize()
     assert ("mixed with itself" in Path(trainer.log_file).read_text()) == told
 
@@ -501,7 +517,7 @@ def test_compiled_training_is_the_eager_one(data_sets, results):
 
 def test_resumed_training_equals_one_without_interruption(run, tmp_path, monkeypatch):
     """The interruption is in the warm-up, and the ramp begins in the second of the last two epochs."""
-    monkeypatch.setattr(CopyPaste, "warm_up", 0.6)
+    monkeypatch.setattr(CopyPaste, "mixture_warm_up", 0.6)
     monkeypatch.setattr(CopyPaste, "ramp_up_length", 1.0)
     whole, second = whole_and_resumed(run, tmp_path, monkeypatch)
     torch.testing.assert_close(weights(second.network), weights(whole.network), rtol=0, atol=0)

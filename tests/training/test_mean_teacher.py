@@ -14,6 +14,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch.optim.swa_utils import AveragedModel
 from workspace import Run, finish, start, weights, whole_and_resumed
 
+from nnunetv2_selfreg.data.batch import Batch
 from nnunetv2_selfreg.errors import UserError
 from nnunetv2_selfreg.training.mean_teacher import MeanTeacher
 
@@ -97,10 +98,9 @@ def test_labelled_part_alone_reaches_the_supervised_loss(run):
     changed["data"][labelled:] += 1
     terms = []
     for mine in (batch, changed):
-        trainer.semi_supervised_loss(trainer.network(mine["data"]), mine["target"], mine)
-        terms.append(trainer.loss_terms())
-    assert terms[0]["segmentation"] == terms[1]["segmentation"]
-    assert terms[0]["consistency"] != terms[1]["consistency"]
+        terms.append(trainer.weighted_terms(Batch.split(mine)))
+    assert torch.equal(terms[0]["segmentation"][1], terms[1]["segmentation"][1])
+    assert not torch.equal(terms[0]["consistency"][1], terms[1]["consistency"][1])
 
 
 @pytest.mark.parametrize("variant", ["labels", "regions"])
@@ -155,8 +155,8 @@ def test_uncertainty_is_of_the_passes_and_the_target_one_more(epoch, run):
 
 def test_gradients_are_clipped(run):
     trainer = start(run.build())
-    loss = trainer.semi_supervised_loss
-    trainer.semi_supervised_loss = lambda *arguments: 1e4 * loss(*arguments)
+    loss_of = trainer.loss_of
+    trainer.loss_of = lambda batch: 1e4 * loss_of(batch)
     trainer.train_step(next(trainer.dataloader_train))
     norm = torch.cat([p.grad.flatten() for p in trainer.network.parameters() if p.grad is not None]).norm()
     assert float(norm) == pytest.approx(12, rel=1e-3)

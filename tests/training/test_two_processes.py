@@ -14,6 +14,8 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from workspace import Run
 
+from nnunetv2_selfreg.data.batch import Batch
+
 EPOCHS, ITERATIONS = 1, 2
 
 
@@ -79,7 +81,7 @@ def train_and_report(rank: int, folder: str, trainer) -> None:
             "unlabeled": unlabeled,
             "first_teacher": first_teacher,
             "teacher": copied_weights(trainer, "teacher"),
-            "distance_module": copied_weights(trainer, "distance_module"),
+            "partner": copied_weights(getattr(trainer, "distance", None), "module"),
         },
         f"{folder}/rank{rank}.pth",
     )
@@ -129,7 +131,7 @@ def test_ranks_see_different_batches_and_agree_on_the_weights(ranks):
     (first, second), *_ = ranks
     assert first["outputs"][0]["loss"] != second["outputs"][0]["loss"]
     torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)
-    for name in ("first_teacher", "teacher", "distance_module"):
+    for name in ("first_teacher", "teacher", "partner"):
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
 
 
@@ -182,8 +184,9 @@ def check_that_ranks_share_their_dice(run: Run, function: Callable, samples: lis
         torch.testing.assert_close(torch.load(f"{folder}/rank{rank}.pth"), expected)
 
 
-def dice_of_distances(trainer, *arguments) -> torch.Tensor:
-    return trainer.distance_loss(*arguments, {})
+def dice_of_distances(trainer, distance: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    images = torch.zeros_like(target)
+    return trainer.distance_loss(distance, Batch(images, images[:0], images[:0], [target]))
 
 
 def test_batch_dice_of_distances_where_only_one_rank_sees_a_class(data_sets, tmp_path, monkeypatch):

@@ -1,0 +1,95 @@
+"""The batch of two streams: its parts, and the modes of loading."""
+
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+from workspace import Run, put_batch_shapes, seed
+
+from nnunetv2_selfreg.training.dual_task import DualTask
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+@pytest.mark.parametrize("variant", ["labels", "regions_ignore"])
+def test_batch_is_as_the_design_says(variant, configuration, data_sets):
+    trainer = Run(data_sets.name(variant), configuration, "nnUNetTrainerMeanTeacher_2epochs_2iters").build()
+    trainer.unlabeled_batch_size = 3
+    trainer.initialize()
+    loader, _ = trainer.get_dataloaders()
+    batch = next(loader)
+    patch = tuple(trainer.configuration_manager.patch_size)
+    assert batch["data"].shape == (2 + 3, 1, *patch)
+    assert batch["data_weak"].shape == (3, 1, *patch)
+    assert len(batch["target"][0]) == 2
+    train, val = trainer.do_split()
+    assert set(batch["keys"][:2]) <= set(train)
+    assert not set(batch["keys"][2:]) & {*train, *val}
+    assert {k for _ in range(5) for k in next(loader)["keys"][2:]} == set(trainer.unlabeled_pool().identifiers)
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_labelled_part_is_the_batch_of_stock_nnunet(configuration, data_sets):
+    """Foreground oversampling included: the same draws make the same samples."""
+    batches = []
+    for trainer in ("nnUNetTrainer_2epochs_2iters", "nnUNetTrainerMeanTeacher_2epochs_2iters"):
+        built = Run(data_sets.name("labels"), configuration, trainer).build()
+        built.initialize()
+        loader, _ = built.get_dataloaders()
+        seed(0)
+        batches.append(next(loader))
+    stock, mine = batches
+    assert list(mine["keys"][:2]) == list(stock["keys"])
+    torch.testing.assert_close(mine["data"][:2], stock["data"], rtol=0, atol=0)
+    torch.testing.assert_close(mine["target"], stock["target"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_unlabelled_crops_come_from_anywhere(configuration, data_sets):
+    trainer = Run(data_sets.name("labels"), configuration, "nnUNetTrainerMeanTeacher_2epochs_2iters").build()
+    trainer.initialize()
+    loader = trainer.get_dataloaders()[0].data_loader.unlabeled
+    final = [1, *loader.final_patch_size[-2:]] if configuration == "2d" else list(loader.final_patch_size)
+    shape = [n + 4 for n in final]  # so the middle of a patch has five places on each axis, the patch in the image
+    picture = np.arange(np.prod(shape), dtype=np.float32).reshape(1, *shape)
+    seed(0)
+    crops = [loader._crop(picture)[0] for _ in range(300)]
+    middles = [int(crop[tuple(n // 2 for n in crop.shape)]) for crop in crops]
+    for positions, length in zip(np.unravel_index(middles, shape), final, strict=True):
+        assert {length // 2 + offset for offset in range(5)} <= set(positions)  # nnU-Net pads odd margins by one more
+
+
+@pytest.mark.parametrize(
+    ("method", "trainer", "unlabeled"),
+    [
+        ("fork", "nnUNetTrainerMeanTeacher", 2),
+        ("forkserver", "nnUNetTrainerMeanTeacher", 2),
+        ("spawn", "nnUNetTrainerMeanTeacher", 2),
+        ("fork", "nnUNetTrainerDualTask", 0),
+        ("spawn", "nnUNetTrainerDualTask", 2),
+    ],
+)
+def test_loader_goes_to_a_worker_however_it_is_started(method, trainer, unlabeled, data_sets):
+    trainer = Run(data_sets.name("labels"), "2d", f"{trainer}_2epochs_2iters").build()
+    trainer.unlabeled_batch_size = unlabeled
+    trainer.initialize()
+    loader, _ = trainer.get_dataloaders()
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    worker = context.Process(target=put_batch_shapes, args=(loader.data_loader, queue))
+    worker.start()
+    shapes = queue.get(timeout=120)
+    worker.join()
+    expected = {"data": 2 + unlabeled} | ({"data_weak": unlabeled} if unlabeled else {})
+    expected |= {"distance": 2} if isinstance(trainer, DualTask) else {}
+    assert {name: shape[0] for name, shape in shapes.items()} == expected
+    assert worker.exitcode == 0
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_impossible_number_of_unlabelled_samples_is_an_error(number, data_sets):
+    trainer = Run(data_sets.name("labels"), "2d", "nnUNetTrainerMeanTeacher_2epochs_2iters").build()
+    trainer.unlabeled_batch_size = number
+    trainer.initialize()
+    with pytest.raises(ValueError, match=f"unlabeled_batch_size is {number}"):
+        trainer.get_dataloaders()
