@@ -54,7 +54,9 @@ def room_of(module: str) -> str | None:
 
 def test_every_file_is_in_a_room():
     known = ALLOWED.keys() | GROUND | {"__init__"}
-    assert {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()} <= known
+    assert {
+        path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
+    } <= known
     assert all(files_of(room) for room in ALLOWED)
 
 

@@ -119,7 +119,7 @@ class DualTask(DistanceTask):
                 f"{type(network).__name__} has no decoder.seg_layers to put the distance head beside. Use a plan whose "
                 "network has them, such as PlainConvUNet or ResidualEncoderUNet."
             )
-        head = next(module for module in heads[-1].modules() if hasattr(module, "in_channels"))  # some wrap theirs
+        head = next(module for module in heads[-1].modules() if isinstance(module, (nn.Conv2d, nn.Conv3d)))
         return type(head)(head.in_channels, self.foreground.count, kernel_size=1)
 
     def labeled_stream(self, loader):

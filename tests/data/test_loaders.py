@@ -45,6 +45,22 @@ def test_labelled_part_is_the_batch_of_stock_nnunet(configuration, data_sets):
 
 
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_unlabelled_crops_are_as_large_as_labelled_ones_before_rotation(configuration, data_sets):
+    """Larger than the patch, or rotated patches would have corners of nothing."""
+    trainer = Run(data_sets.name("labels"), configuration, "nnUNetTrainerMeanTeacher_2epochs_2iters").build()
+    trainer.initialize()
+    loader = trainer.get_dataloaders()[0].data_loader
+    sizes, views = [], loader.unlabeled.views
+    loader.unlabeled.views = lambda image: sizes.append(tuple(image.shape[1:])) or views(image)
+    next(loader)
+    patch = tuple(trainer.configuration_manager.patch_size)
+    before_rotation = tuple(loader.labeled.patch_size)[-len(patch) :]
+    assert set(sizes) == {before_rotation}
+    assert all(larger >= final for larger, final in zip(before_rotation, patch, strict=True))
+    assert before_rotation != patch
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
 def test_unlabelled_crops_come_from_anywhere(configuration, data_sets):
     trainer = Run(data_sets.name("labels"), configuration, "nnUNetTrainerMeanTeacher_2epochs_2iters").build()
     trainer.initialize()

@@ -181,6 +181,12 @@ def test_activation_checkpointing_by_attribute(family, build):
     assert any("forward" in vars(module) for module in trainer.network.modules())
 
 
+def test_kmax_weights_the_loss_of_the_assignment(build):
+    outputs = one_step(build(KMax, "2d", query_weight=3.0))
+    segmentation = outputs["query_segmentation"] + outputs["convolutional"]
+    assert outputs["loss"] == pytest.approx(segmentation + 3 * outputs["query_distribution"], rel=1e-5)
+
+
 def test_swin_has_no_deep_supervision(build):
     trainer = build(Swin)
     loader, _ = trainer.get_dataloaders()

@@ -130,6 +130,17 @@ def test_agreement_teaches_both_tasks(run, monkeypatch):
         assert sum(float(p.grad.abs().sum()) for p in module.parameters() if p.grad is not None) > 0
 
 
+def test_distances_teach_the_network_that_the_head_reads(data_sets, results):
+    """Where they are the only term of the loss: the head is no appendix, and its own layers are not all that learns."""
+    trainer = start(Run(data_sets.name("labels"), "3d_fullres", f"nnUNetTrainerDualTask{LENGTH}").build())
+    trainer.supervised_loss = lambda output, _: 0 * output[0].sum()
+    trainer.agreement = lambda distance, _: 0 * distance.sum()
+    trainer.loss_of(next(trainer.dataloader_train)).backward()
+    for module in (trainer.network.decoder.stages[-1], trainer.network.encoder, trainer.distance.module):
+        assert sum(float(p.grad.abs().sum()) for p in module.parameters() if p.grad is not None) > 0
+    assert not trainer.network.decoder.seg_layers[-1].weight.grad.any()
+
+
 class Scaler(torch.amp.GradScaler):
     """Records what it is asked for."""
 

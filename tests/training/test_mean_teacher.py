@@ -198,7 +198,8 @@ def test_impossible_setting_is_named(attribute, value, run):
 
 
 def test_resumed_training_equals_one_without_interruption(run, tmp_path, monkeypatch):
-    """4 epochs at once against 2 and 2: student, teacher, optimiser, ramp."""
+    """4 epochs at once against 2 and 2: student, teacher, optimiser, and the ramp, which ends with the training here."""
+    monkeypatch.setattr(MeanTeacher, "ramp_up_length", 1.0)
     whole, second = whole_and_resumed(run, tmp_path, monkeypatch)
     assert second.teacher.n_averaged == whole.teacher.n_averaged
     torch.testing.assert_close(weights(second.network), weights(whole.network), rtol=0, atol=0)
@@ -208,6 +209,8 @@ def test_resumed_training_equals_one_without_interruption(run, tmp_path, monkeyp
     curves = [t.logger.local_logger.my_fantastic_logging for t in (whole, second)]
     for name in ("consistency_weight", "consistency", "train_losses", "student_dice", "mean_fg_dice"):
         np.testing.assert_array_equal(curves[1][name], curves[0][name])
+    weights_of_epochs = curves[0]["consistency_weight"]
+    assert weights_of_epochs == sorted(set(weights_of_epochs))  # so that a ramp that starts again would differ
 
 
 def test_checkpoint_serves_the_teacher_and_keeps_the_student(run):
@@ -234,6 +237,31 @@ def test_validation_judges_the_teacher_and_the_student(run):
     assert outputs["student_tp_hard"].sum() == 0
     assert outputs["tp_hard"].sum() + outputs["fp_hard"].sum() > 0
     assert all(float(p.abs().sum()) == 0 for p in trainer.network.parameters())  # changed back
+
+
+@pytest.mark.parametrize("variant", ["ignore", "regions_ignore"])
+def test_teachers_pseudo_dice_is_stocks_with_its_weights(variant, run, data_sets):
+    """nnU-Net's validation step overwrites ignored voxels of its target, so the student's pass may leave no trace."""
+    trainer = start(Run(data_sets.name(variant), run.configuration, NAME).build())
+    trainer.train_step(next(trainer.dataloader_train))
+    trainer.train_step(next(trainer.dataloader_train))  # student and teacher differ from here on
+    trainer.on_validation_epoch_start()
+    batch = next(trainer.dataloader_val)
+    counts = ("tp_hard", "fp_hard", "fn_hard")
+    expected = {}
+    for name, module in (("", trainer.teacher.module), ("student_", trainer.network)):
+        stock = Run(data_sets.name(variant), run.configuration, "nnUNetTrainer_4epochs_2iters").build()
+        stock.initialize()
+        stock.network.load_state_dict(module.state_dict())
+        stock.network.eval()
+        with torch.no_grad():
+            found = stock.validation_step(copy.deepcopy(batch))
+        expected |= {f"{name}{count}": found[count] for count in counts} | {f"{name}loss": found["loss"]}
+    with torch.no_grad():
+        outputs = trainer.validation_step(batch)
+    for name in (*counts, *(f"student_{count}" for count in counts)):
+        np.testing.assert_array_equal(outputs[name], expected[name])
+    assert outputs["loss"] == pytest.approx(expected["loss"])
 
 
 def test_pretrained_weights_are_the_teachers_too(run):
