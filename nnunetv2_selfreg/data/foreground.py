@@ -17,7 +17,7 @@ class Foreground:
     """
 
     count: int
-    """Of foreground classes, or of regions."""
+    """Number of foreground classes, or of regions."""
     regions: bool
     ignore_label: int | None
 

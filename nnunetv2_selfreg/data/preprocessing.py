@@ -44,7 +44,7 @@ class Outcome:
     done: int = 0
     done_before: int = 0
     rejected: dict[str, str] = field(default_factory=dict)
-    """Reasons by identifier."""
+    """Why a case was rejected, by identifier."""
 
 
 @dataclass(frozen=True)

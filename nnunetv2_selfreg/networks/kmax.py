@@ -41,7 +41,7 @@ class MaskDecoderSizes:
     key_width: int = 128
     """Channels in which voxels and queries are compared; a multiple of `heads`, as `width` is."""
     heads: int = 8
-    """Of the queries' self-attention."""
+    """Number of heads of the queries' self-attention."""
     feed_forward_width: int = 2048
     """Hidden channels of the block after it."""
     layers_per_level: int = 2

@@ -70,7 +70,7 @@ class UXNetBackbone(Backbone):
     deepest: int = 768
     """Channels of the bottleneck's residual block."""
     layer_scale: float = 1e-6
-    """Initial value of the layer scale."""
+    """Initial value of the factor of each block's residual branch (layer scale), the published value."""
 
     network_class: ClassVar[type[UXNet]] = UXNet
 

@@ -26,9 +26,9 @@ class Mixtures(NamedTuple):
     """What copy-paste makes of a batch: all `x_in`, then all `x_out`."""
 
     images: Tensor
-    """`(2 U, C, *patch)`."""
+    """Images, `(2 U, C, *patch)`."""
     target: list[Tensor]
-    """At every scale, `(2 U, 1 or R, *spatial)`."""
+    """Their targets at every scale, `(2 U, 1 or R, *spatial)`."""
     other: Tensor
     """Where the unlabelled sample (in the warm-up the second labelled one) is: boolean, `(2 U, 1, *patch)`."""
 
@@ -51,11 +51,11 @@ class CopyPaste(WithTeacher):
     """
 
     box_ratio: float = 2 / 3
-    """Side of the box to side of the patch, the published value."""
+    """Ratio of the box's side to the patch's; the published value."""
     mixture_weight: float = 0.5
-    """`v`, of both mixtures' loss beside that of the plain labelled samples."""
+    """`v`, the weight of both mixtures' loss beside that of the plain labelled samples."""
     unlabeled_weight: float = 0.5
-    """`w`, of the unlabelled part of a mixture at the end of the ramp; the published value."""
+    """`w`, the weight of a mixture's unlabelled part at the end of the ramp; the published value."""
     mixture_warm_up: float = 0.1
     """Share of the training in which the mixtures are of labelled samples. If it is `ramp_up_length` or more, there is
     no ramp: the unlabelled part has its full weight right after it."""

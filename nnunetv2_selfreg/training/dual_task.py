@@ -34,15 +34,15 @@ class DistanceTask(WithPartners):
     """
 
     sharpness: float = 1500.0
-    """`k` of :func:`soft_mask`, the published value."""
+    """`k`, the steepness of the step from a distance to a mask, see :func:`soft_mask`; the published value."""
     distance_weight: float = 1.0
-    """`beta`, of what the distances learn from the labels."""
+    """`beta`, the weight of what the distances learn from the labels."""
 
     _needs_unlabeled = False
     _distance_term: str
     """Name of the distance's loss in the log."""
     _name_in_checkpoints: str
-    """Of the partner."""
+    """Key of the partner's weights."""
 
     def build_distance_module(self) -> nn.Module:
         """The module that predicts the distances, one channel for each foreground class or region, and what it needs of
@@ -105,7 +105,7 @@ class DualTask(DistanceTask):
     """
 
     distance_weight = 0.3
-    """`beta`, of the distances' regression; the published value."""
+    """`beta`, the weight of the distances' regression; the published value."""
 
     _name_in_checkpoints = "distance_head"
     _distance_term = "distance"

@@ -24,7 +24,7 @@ class MeanTeacher(WithTeacher):
     """
 
     consistency_weight: float = 0.1
-    """`w`, of the consistency at the end of the ramp."""
+    """`w`, the weight of the consistency at the end of the ramp; UA-MT's published value."""
     teacher_noise: float = 0.1
     """Standard deviation of the noise on the teacher's images, which is clipped at twice that."""
     ramp_up_length = 0.4
@@ -63,7 +63,7 @@ class UncertaintyAwareMeanTeacher(MeanTeacher):
     """
 
     teacher_passes: int = 8
-    """Noisy passes for the uncertainty."""
+    """Noisy passes of the teacher whose mean gives the uncertainty; the published number."""
 
     def initialize(self) -> None:
         self._require("teacher_passes", self.teacher_passes >= 1, "1 at least")

@@ -19,9 +19,9 @@ class WarmUpAdamW(ReliableTraining):
     """
 
     learning_rate: float = 5e-4
-    """The largest; ours (published: 1e-4, constant for UX-Net and after a warm-up for SwinUNETR)."""
+    """The largest learning rate; ours (published: 1e-4, constant for UX-Net and after a warm-up for SwinUNETR)."""
     adamw_weight_decay: float = 1e-2
-    """torch's default."""
+    """Weight decay of AdamW; torch's default."""
     learning_rate_warm_up: float = 0.05
     """Share of the epochs in which the learning rate grows, in whole epochs, so none of a training with 10 or fewer."""
 

@@ -17,7 +17,7 @@ class QuerySegmentation(ReliableTraining):
     """
 
     query_weight: float = 0.1
-    """Of `L_qd`, the loss of the queries' assignment to classes."""
+    """Weight of `L_qd`, the loss of the queries' assignment to classes."""
 
     def initialize(self) -> None:
         if self.label_manager.has_regions:

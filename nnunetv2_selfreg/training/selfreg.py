@@ -18,7 +18,7 @@ class SelfRegularized(ReliableTraining):
     lambda_scr: float = 0.015
     """Weight of the semantic consistency; the published value for a U-Net on Synapse."""
     lambda_ifd: float = 0.015
-    """Weight of the internal feature distillation; likewise."""
+    """Weight of the internal feature distillation; the published value for a U-Net on Synapse."""
     ifd_order: str = "activation"
     """How IFD sorts channels before it halves them: "activation" (released program) or "index" (paper)."""
     ifd_stop_gradient: bool = False

@@ -27,7 +27,7 @@ class WithTeacher(SemiSupervised):
     """
 
     ema_decay: float = 0.99
-    """Upper bound of `a`, in [0, 1)."""
+    """Upper bound of `a`, the share of itself that the teacher keeps at a step, in [0, 1)."""
 
     def initialize(self) -> None:
         self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")

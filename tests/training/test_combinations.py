@@ -95,7 +95,7 @@ def test_partner_has_the_optimiser_of_whatever_trainer_it_is(base, run):
 
 @pytest.mark.parametrize("family", [DualTask, DualTaskMutual])
 def test_partner_without_an_optimiser_of_its_own_is_refused(family, run):
-    """This trainer's second call of configure_optimizers returns the network's own optimiser."""
+    """A second call of its configure_optimizers returns the network's own optimiser."""
 
     class Composed(family, nnUNetTrainer_warmup):
         pass

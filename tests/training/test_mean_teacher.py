@@ -198,7 +198,7 @@ def test_impossible_setting_is_named(attribute, value, run):
 
 
 def test_resumed_training_equals_one_without_interruption(run, tmp_path, monkeypatch):
-    """4 epochs at once against 2 and 2: student, teacher, optimiser, and the ramp, which ends with the training here."""
+    """4 epochs at once against 2 and 2: student, teacher, optimiser, and the ramp, which ends with the training."""
     monkeypatch.setattr(MeanTeacher, "ramp_up_length", 1.0)
     whole, second = whole_and_resumed(run, tmp_path, monkeypatch)
     assert second.teacher.n_averaged == whole.teacher.n_averaged
