@@ -20,13 +20,13 @@ import numpy as np
 import pandas as pd
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
-from commands import ExitStatusError, call
-from locks import Lock, locked
-from machine import commit, gpu_memory_in_use, machine
-from protocol import Protocol
-from segmentation_metrics import folder_metrics
 from tqdm import tqdm
 
+from nnunetv2_selfreg.benchmark.commands import ExitStatusError, call
+from nnunetv2_selfreg.benchmark.locks import Lock, locked
+from nnunetv2_selfreg.benchmark.machine import commit, gpu_memory_in_use, machine
+from nnunetv2_selfreg.benchmark.metrics import folder_metrics
+from nnunetv2_selfreg.benchmark.protocol import Protocol
 from nnunetv2_selfreg.data.datasets import read_json
 from nnunetv2_selfreg.files import replacing
 

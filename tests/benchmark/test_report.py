@@ -4,16 +4,17 @@ import re
 import shutil
 import sys
 
-import benchmark_figures
-import benchmark_report
-import benchmark_statistics
 import numpy as np
 import pandas as pd
 import phantom
 import pytest
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
 from scipy.stats import wilcoxon
-from segmentation_metrics import METRICS
+
+from nnunetv2_selfreg.benchmark import figures as benchmark_figures
+from nnunetv2_selfreg.benchmark import report as benchmark_report
+from nnunetv2_selfreg.benchmark import statistics as benchmark_statistics
+from nnunetv2_selfreg.benchmark.metrics import METRICS
 
 DICE = {
     ("nnUNetTrainer", 1): [0.80, 0.60, 0.70, 0.50, 0.40, 0.30],

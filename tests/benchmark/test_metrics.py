@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import segmentation_metrics
 import SimpleITK as sitk
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from hypothesis import given, settings
@@ -16,6 +15,8 @@ from hypothesis import strategies as st
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder2
 from scipy.ndimage import binary_erosion
 from workspace import Run
+
+from nnunetv2_selfreg.benchmark import metrics as segmentation_metrics
 
 
 def by_all_pairs(prediction, reference, spacing) -> tuple[float, float]:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
-from commands import add_configuration, call
-from locks import Lock, locked
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
+from nnunetv2_selfreg.benchmark.commands import add_configuration, call
+from nnunetv2_selfreg.benchmark.locks import Lock, locked
 from nnunetv2_selfreg.data.datasets import label_files, labeled_cases, read_json
 from nnunetv2_selfreg.data.splits import append_fold, folds_of, new_fold
 from nnunetv2_selfreg.errors import UserError

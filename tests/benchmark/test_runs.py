@@ -12,17 +12,24 @@ import threading
 import time
 from pathlib import Path
 
-import benchmark
-import commands
-import locks
-import protocol as protocols
 import psutil
 import pytest
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
-from run import Memory, begun_epoch, is_full_disk, prediction_seconds, remove_broken_checkpoints, reported_divergence
 from tqdm import tqdm
 from workspace import ForkedCommand
+
+import nnunetv2_selfreg.benchmark.runs as benchmark
+from nnunetv2_selfreg.benchmark import commands, locks
+from nnunetv2_selfreg.benchmark import protocol as protocols
+from nnunetv2_selfreg.benchmark.run import (
+    Memory,
+    begun_epoch,
+    is_full_disk,
+    prediction_seconds,
+    remove_broken_checkpoints,
+    reported_divergence,
+)
 
 TRAINERS_THAT_FAIL = """
 import time
@@ -194,10 +201,10 @@ def test_killed_benchmark_then_killed_training_with_workers(protocol, failing_tr
     content["scales"]["cpu"]["epochs"] = 4
     save_json(content, str(protocol / "protocols" / "tiny.json"))
     monkeypatch.setenv("nnUNet_n_proc_DA", "2")
-    script = f"import pathlib, protocol; protocol.PROTOCOLS = pathlib.Path({str(protocol / 'protocols')!r})\n"
-    script += "import sys, benchmark; sys.exit(benchmark.main())"
+    script = f"import pathlib; from nnunetv2_selfreg.benchmark import protocol; protocol.PROTOCOLS = pathlib.Path({str(protocol / 'protocols')!r})\n"
+    script += "import sys; from nnunetv2_selfreg.benchmark import runs as benchmark; sys.exit(benchmark.main())"
     arguments = ["tiny", "-tr", "nnUNetTrainerSlow", "-o", str(protocol / "runs")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(benchmark.__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(benchmark.__file__).parents[2])}
     start = [sys.executable, "-c", script, *arguments]
     folder = protocol / "runs" / "tiny-cpu" / "nnUNetTrainerSlow-fold2-1"
 
@@ -237,11 +244,11 @@ def test_command_ends_though_its_workers_live_and_they_end_with_it(tmp_path):
 
 def test_sigterm_ends_the_command_too(tmp_path):
     script = f"""
-import commands, pathlib
+import pathlib; from nnunetv2_selfreg.benchmark import commands
 commands.call("python", "-c", "import time; print('up', flush=True); time.sleep(600)",
               log=pathlib.Path({str(tmp_path / "log.txt")!r}), on_start=lambda process: print(process, flush=True))
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(commands.__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(commands.__file__).parents[2])}
     with subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE) as caller:
         process = int(caller.stdout.readline())
         wait_until(lambda: "up" in (tmp_path / "log.txt").read_text())
@@ -464,9 +471,9 @@ def test_killed_preparation_is_waited_for(protocol, monkeypatch):
     monkeypatch.setenv("nnUNet_preprocessed", str(protocol / "new"))
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # nnU-Net's planner sets so many threads
     (protocol / "new").mkdir()
-    script = f"import pathlib, protocol; protocol.PROTOCOLS = pathlib.Path({str(protocol / 'protocols')!r})\n"
+    script = f"import pathlib; from nnunetv2_selfreg.benchmark import protocol; protocol.PROTOCOLS = pathlib.Path({str(protocol / 'protocols')!r})\n"
     script += f"protocol.Protocol.load('tiny', 'cpu').prepare(pathlib.Path({str(protocol / 'log.txt')!r}))"
-    environment = {**os.environ, "PYTHONPATH": str(Path(benchmark.__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(benchmark.__file__).parents[2])}
     start = [sys.executable, "-c", script]
     first = subprocess.Popen(start, env=environment)
     wait_until(lambda: any(file.read_text() for file in (protocol / "new").glob("*.lock")))

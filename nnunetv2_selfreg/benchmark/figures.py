@@ -12,11 +12,11 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from batchgenerators.utilities.file_and_folder_operations import load_json
-from benchmark_statistics import comparisons, epoch_seconds, interval
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_selfreg.analysis.contours import Case, contour_figure
+from nnunetv2_selfreg.benchmark.statistics import comparisons, epoch_seconds, interval
 
 matplotlib.use("agg")
 from matplotlib import colormaps

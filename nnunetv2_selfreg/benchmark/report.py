@@ -1,6 +1,6 @@
 """What the runs of a protocol say: tables, the paired differences to stock nnU-Net, and figures.
 
-    python scripts/benchmark_report.py runs/left-atrium-8-cpu -o report
+    python -m nnunetv2_selfreg.benchmark.report runs/left-atrium-8-cpu -o report
 
 Reads `result.json` and `metrics.csv` of each run that `benchmark.py` finished in the folder; these can be kept without
 the models. Writes `report.md`, `cases.csv` (every case of every run), `differences.csv` (of each class too),
@@ -16,8 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from benchmark_figures import draw_contours, draw_dice_against_time, draw_differences, draw_learning_curves
-from benchmark_statistics import (
+
+from nnunetv2_selfreg.benchmark.figures import (
+    draw_contours,
+    draw_dice_against_time,
+    draw_differences,
+    draw_learning_curves,
+)
+from nnunetv2_selfreg.benchmark.metrics import METRICS
+from nnunetv2_selfreg.benchmark.statistics import (
     BOOTSTRAP_SEED,
     LEARNED,
     costs_of,
@@ -27,7 +34,6 @@ from benchmark_statistics import (
     read_runs,
     summary,
 )
-from segmentation_metrics import METRICS
 
 
 def markdown(cases: pd.DataFrame, rows: pd.DataFrame, results: list[dict]) -> str:

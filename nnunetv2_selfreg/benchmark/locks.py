@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-from commands import kill_group
 from tqdm import tqdm
+
+from nnunetv2_selfreg.benchmark.commands import kill_group
 
 CLOCK_SECONDS = 5  # by which the time of a process's birth moves with the system's clock
 POLL_SECONDS = 0.5

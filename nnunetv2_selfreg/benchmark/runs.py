@@ -1,8 +1,8 @@
 """Trainers against stock nnU-Net: one plan, the same cases and iterations, every run through nnU-Net's own commands.
 
-    python scripts/benchmark.py left-atrium-8 -o runs -tr nnUNetTrainer nnUNetTrainerMeanTeacher --repetitions 3
-    python scripts/benchmark.py -d 4 -c 3d_fullres -f 0 1 -o runs -tr nnUNetTrainer nnUNetTrainerSelfReg
-    python scripts/benchmark.py left-atrium-8 -o runs -tr nnUNetTrainer --jobs > jobs.txt
+    python -m nnunetv2_selfreg.benchmark.runs left-atrium-8 -o runs -tr nnUNetTrainer nnUNetTrainerMeanTeacher --repetitions 3
+    python -m nnunetv2_selfreg.benchmark.runs -d 4 -c 3d_fullres -f 0 1 -o runs -tr nnUNetTrainer nnUNetTrainerSelfReg
+    python -m nnunetv2_selfreg.benchmark.runs left-atrium-8 -o runs -tr nnUNetTrainer --jobs > jobs.txt
 
 A protocol (`scripts/protocols/*.json`) names data set, folds, plan and length; what is missing of plans, preprocessed
 cases and folds is made first. Without one, any preprocessed data set will do. Each run has an `nnUNet_results` of its
@@ -21,12 +21,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from commands import ExitStatusError
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-from protocol import Protocol, protocol_names
-from run import Run, check_setting, is_full_disk
 from tqdm import tqdm
 
+from nnunetv2_selfreg.benchmark.commands import ExitStatusError
+from nnunetv2_selfreg.benchmark.protocol import Protocol, protocol_names
+from nnunetv2_selfreg.benchmark.run import Run, check_setting, is_full_disk
 from nnunetv2_selfreg.errors import UserError
 
 FAILURES = (ExitStatusError, UserError, OSError, ValueError)

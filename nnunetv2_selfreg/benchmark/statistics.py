@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from scipy.stats import bootstrap, wilcoxon
-from segmentation_metrics import METRICS
+
+from nnunetv2_selfreg.benchmark.metrics import METRICS
 
 STOCK = "nnUNetTrainer"
 IN_PERCENT = ("dice", "jaccard")

@@ -1,6 +1,6 @@
 """Overlap and surface distances of predicted segmentations, for each case and class.
 
-    python scripts/segmentation_metrics.py REFERENCE PREDICTION [PREDICTION ...] -djfile dataset.json -o metrics.csv
+    python -m nnunetv2_selfreg.benchmark.metrics REFERENCE PREDICTION [PREDICTION ...] -djfile dataset.json -o metrics.csv
 
 The folders and `-djfile` are those of `nnUNetv2_evaluate_folder`; every file of a PREDICTION folder is compared with
 the file of that name in REFERENCE. A training's `fold_X/validation` is such a folder, `gt_segmentations` in

@@ -1,0 +1,1 @@
+"""Trainers against stock nnU-Net on any data set: protocols, runs, metrics, statistics, report."""
