@@ -22,6 +22,7 @@ from nnunetv2_selfreg.data.splits import append_fold, folds_of, new_fold
 from nnunetv2_selfreg.errors import UserError
 from nnunetv2_selfreg.files import replacing
 
+DEFAULT_PLANS = "nnUNetPlans"
 REQUIRED = ("dataset", "plans", "configuration", "epochs", "iterations")
 OF_A_SPLIT = ("labeled", "val", "seed", "in_order")
 AS_JSON = {str: "a string", int: "a whole number from 1", list: "a list in brackets", dict: "an object in braces"}
@@ -115,6 +116,8 @@ class Protocol:
             nnunet("nnUNetv2_extract_fingerprint")
         plans = self.folder / f"{self.plans}.json"
         if not _is_whole(plans):
+            if self.plans != DEFAULT_PLANS and not self.spacing:  # nobody knows with which planner
+                raise UserError(f"{plans} does not exist. Run nnUNetv2_plan_experiment, or take other plans.")
             spacing = ["-overwrite_target_spacing", *map(str, self.spacing)] if self.spacing else []
             nnunet("nnUNetv2_plan_experiment", *spacing, "-overwrite_plans_name", self.plans)
         base = self.base or self.configuration

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from nnunetv2_selfreg.benchmark import protocols
 from nnunetv2_selfreg.benchmark.commands import ExitStatusError
-from nnunetv2_selfreg.benchmark.protocol import Protocol
+from nnunetv2_selfreg.benchmark.protocol import DEFAULT_PLANS, Protocol
 from nnunetv2_selfreg.benchmark.run import Run, check_setting, is_full_disk
 from nnunetv2_selfreg.errors import UserError
 
@@ -133,7 +133,7 @@ def chosen_protocol(options: argparse.Namespace) -> Protocol:
         return replace(protocol, dataset=dataset, name=f"{protocol.name}-{dataset}") if dataset else protocol
     if not (dataset and options.c):
         raise UserError(f"name a protocol ({', '.join(protocols.names())}), or a data set with -d and -c")
-    plans, epochs, iterations = options.p or "nnUNetPlans", options.epochs or 1000, options.iterations or 250
+    plans, epochs, iterations = options.p or DEFAULT_PLANS, options.epochs or 1000, options.iterations or 250
     name = f"{dataset}-{options.c}-{plans}-{epochs}x{iterations}"
     return Protocol(name, dataset, plans, options.c, epochs, iterations)
 

@@ -338,6 +338,7 @@ def test_jobs_are_one_command_for_each_unfinished_run(protocol, monkeypatch, cap
         (["--protocol", "mine.json", "--epochs", "3"], "has its own configuration"),
         (["-c", "2d"], "name a protocol (tiny), or a data set"),
         (["-d", "NAME", "-c", "unknown", "-device", "cpu"], "nnUNetPlans.json has no configuration unknown; it has"),
+        (["-d", "NAME", "-c", "2d", "-p", "Other", "-device", "cpu"], "Other.json does not exist. Run nnUNetv2_plan"),
     ],
 )
 def test_wrong_options_are_one_line_that_names_what_there_is(options, reason, protocol, monkeypatch, capsys):
