@@ -127,7 +127,7 @@ def chosen_protocol(options: argparse.Namespace) -> Protocol:
     try:
         dataset = maybe_convert_to_dataset_name(options.d) if options.d else None
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"-d {options.d}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"-d {options.d}: {error}") from error
     if named:
         protocol = _of_file_or_name(options)
         return replace(protocol, dataset=dataset, name=f"{protocol.name}-{dataset}") if dataset else protocol
