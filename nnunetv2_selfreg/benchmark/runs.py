@@ -118,7 +118,7 @@ def chosen_protocol(options: argparse.Namespace) -> Protocol:
     """
     named, length = options.protocol or options.protocol_file, options.epochs or options.iterations
     if options.protocol and options.protocol_file:
-        raise UserError(f"the protocol is {options.protocol} or the one of --protocol. Name one.")
+        raise UserError(f"{options.protocol} and --protocol are two protocols. Give one of them.")
     if named and (options.c or options.p or length):
         raise UserError(
             "a protocol has its own configuration, plans and length: -c, -p, --epochs, --iterations are not for it. "

@@ -334,7 +334,7 @@ def test_jobs_are_one_command_for_each_unfinished_run(protocol, monkeypatch, cap
         (["tiny", "-o", "/dev/null/runs"], "Not a directory"),
         (["tiny", "-c", "2d"], "has its own configuration"),
         (["--protocol", "nowhere/mine.json"], "nowhere/mine.json is no file. Give the path"),
-        (["tiny", "--protocol", "mine.json"], "the protocol is tiny or the one of --protocol. Name one."),
+        (["tiny", "--protocol", "mine.json"], "tiny and --protocol are two protocols. Give one of them."),
         (["--protocol", "mine.json", "--epochs", "3"], "has its own configuration"),
         (["-c", "2d"], "name a protocol (tiny), or a data set"),
         (["-d", "NAME", "-c", "unknown", "-device", "cpu"], "nnUNetPlans.json has no configuration unknown; it has"),
