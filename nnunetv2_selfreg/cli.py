@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunetv2_selfreg import __version__, discovery
+from nnunetv2_selfreg.benchmark.arguments import add_benchmark
 from nnunetv2_selfreg.errors import UserError
 
 # What a subcommand needs beyond these is imported when it runs: `--help` does not wait for PyTorch.
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trainers.set_defaults(run=lambda _: show_trainers())
     _add_preprocess_unlabeled(commands)
     _add_split(commands)
+    add_benchmark(commands)
     parsed = parser.parse_args(arguments)
     try:
         return parsed.run(parsed)

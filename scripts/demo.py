@@ -22,12 +22,12 @@ import numpy as np
 import phantom
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
-from commands import ExitStatusError, add_configuration, call
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from tqdm import tqdm
 
 from nnunetv2_selfreg.analysis.contours import Case, contour_figure
+from nnunetv2_selfreg.benchmark.commands import ExitStatusError, add_configuration, call
 
 CPU_VOXELS = 40**3  # a median image of at most so many voxels trains in a fraction of a second a step on two cores
 HELD_OUT = 3

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from benchmark_report import (
+
+from nnunetv2_selfreg.benchmark.report import (
     as_cost,
     cost_table,
     difference_table,
@@ -20,7 +21,7 @@ from benchmark_report import (
     with_interval,
     with_spread,
 )
-from benchmark_statistics import STOCK, costs_of, difference_rows, middle, read_runs, summary
+from nnunetv2_selfreg.benchmark.statistics import STOCK, costs_of, difference_rows, middle, read_runs, summary
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 MEAN_TEACHER = "nnUNetTrainerMeanTeacher"

@@ -59,7 +59,7 @@ stage machine 10 bash -c 'nvidia-smi; nproc; python --version; pip list 2>/dev/n
 }
 if [ -d "${LEFT_ATRIUM:-/nowhere}" ]; then
     ln -sfn "$LEFT_ATRIUM" "$nnUNet_raw/Dataset002_LeftAtrium"
-    nnUNet_compile=f stage left-atrium 140 python benchmark.py left-atrium-8 --scale "$SCALE" -device "$DEVICE" -o "$OUT/runs" \
+    nnUNet_compile=f stage left-atrium 140 nnUNetv2_selfreg benchmark run left-atrium-8 --scale "$SCALE" -device "$DEVICE" -o "$OUT/runs" \
         -tr nnUNetTrainerCopyPaste
     grep -h "Epoch time" "$OUT"/runs/*/*/log.txt
 else

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import phantom
-from commands import add_configuration, call
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 
+from nnunetv2_selfreg.benchmark.commands import add_configuration, call
 from nnunetv2_selfreg.data.splits import append_fold
 
 NAME = "Dataset997_GPUCheck"

@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from machine import machine
 from scipy.ndimage import distance_transform_edt
 from skimage.segmentation import find_boundaries
 
+from nnunetv2_selfreg.benchmark.machine import machine
 from nnunetv2_selfreg.data.signed_distance import signed_distance_map
 
 SHAPE = (112, 112, 80)

@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 from build_trainer import add_plan, build
-from machine import machine
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+from nnunetv2_selfreg.benchmark.machine import machine
 from nnunetv2_selfreg.training.semi_supervised import SemiSupervised
 
 

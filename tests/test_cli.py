@@ -70,7 +70,7 @@ def test_error_of_the_file_system_is_one_line(capsys, monkeypatch):
     assert printed.count("\n") == 1
 
 
-@pytest.mark.parametrize("subcommand", ["preprocess_unlabeled", "split", "trainers"])
+@pytest.mark.parametrize("subcommand", ["benchmark", "preprocess_unlabeled", "split", "trainers"])
 def test_each_subcommand_explains_itself(subcommand, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main([subcommand, "--help"])

@@ -5,13 +5,17 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import zipfile
 from pathlib import Path
 
 import nnunetv2
 import pytest
+from batchgenerators.utilities.file_and_folder_operations import load_json
 from workspace import Run
 
-from nnunetv2_selfreg import discovery
+from nnunetv2_selfreg import __version__, discovery
+from nnunetv2_selfreg.benchmark.protocols import names as protocol_names
 
 ROOT = Path(__file__).resolve().parents[1]
 FIND = """
@@ -30,9 +34,13 @@ class nnUNetTrainerMine(nnUNetTrainer):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dist")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    subprocess.run(build, check=True, capture_output=True)
+    build(folder, "--wheel")
     return next(folder.glob("*.whl"))
+
+
+def build(folder: Path, what: str) -> None:
+    command = [sys.executable, "-m", "build", what, "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 class Environment:
@@ -62,7 +70,7 @@ class Environment:
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
     def run(self, *arguments: str, python: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-        clean = {key: value for key, value in os.environ.items() if key != discovery.VARIABLE}
+        clean = {key: value for key, value in os.environ.items() if key not in (discovery.VARIABLE, "PYTHONPATH")}
         # Elsewhere than in the checkout, which Python would put first on its path.
         options = {"cwd": self.python.parent, "env": {**clean, **environment}, "capture_output": True, "text": True}
         return subprocess.run([str(python or self.python), *arguments], **options, check=False)
@@ -178,7 +186,35 @@ def test_line_at_start_is_silent_when_the_folder_is_gone(wheel, tmp_path):
 
 
 def test_wheel_carries_no_tests_and_no_scripts(wheel):
-    import zipfile
-
     top = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert {name for name in top if not name.endswith(".dist-info")} == {"nnunetv2_selfreg", "nnunetv2_selfreg.pth"}
+
+
+def test_wheel_and_source_distribution_carry_the_protocols(wheel, tmp_path):
+    protocols = {f"nnunetv2_selfreg/benchmark/protocols/{name}.json" for name in protocol_names()}
+    assert len(protocols) > 5
+    assert protocols <= set(zipfile.ZipFile(wheel).namelist())
+    build(tmp_path, "--sdist")
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        assert protocols <= {name.partition("/")[2] for name in archive.getnames()}
+
+
+@REGULAR
+def test_benchmark_of_an_installed_package_in_any_folder(environment, data_sets, tmp_path):
+    """A job as it was printed, then the report of the folder that it was told to use."""
+    selfreg = ["-m", "nnunetv2_selfreg.cli", "benchmark"]
+    name, runs = data_sets.name("labels"), tmp_path / "my runs"
+    length = ["-c", "2d", "--epochs", "1", "--iterations", "1", "-device", "cpu"]
+    trainer = ["-tr", "nnUNetTrainerSelfReg", "--jobs"]
+    printed = environment.run(*selfreg, "run", "-d", name, *length, "-o", str(runs), *trainer)
+    assert printed.returncode == 0, printed.stderr
+    (job,) = printed.stdout.splitlines()
+    path = f"{environment.python.parent}{os.pathsep}{os.environ['PATH']}"
+    done = environment.run("-c", job, python=Path("/bin/sh"), PATH=path)
+    assert done.returncode == 0, done.stderr
+    result = load_json(str(next(runs.glob("*/*/result.json"))))
+    assert (result["failure"], result["commit"]) == (None, None)
+    assert result["versions"]["nnunetv2-selfreg"] == __version__
+    report = environment.run(*selfreg, "report", str(runs), "-o", str(tmp_path / "report"))
+    assert report.returncode == 0, report.stderr
+    assert "| nnUNetTrainerSelfReg | atrium | 1 |" in (tmp_path / "report" / "report.md").read_text()

@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -356,6 +357,13 @@ def two_stages(plan: dict) -> None:
         if isinstance(value, list) and key != "n_conv_per_stage_decoder":
             network[key] = value[:2]
     network["n_stages"], network["n_conv_per_stage_decoder"] = 2, [1]
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)
 
 
 def read_labels(file: Path) -> np.ndarray:

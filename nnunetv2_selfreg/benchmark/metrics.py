@@ -1,15 +1,7 @@
-"""Overlap and surface distances of predicted segmentations, for each case and class.
-
-    python scripts/segmentation_metrics.py REFERENCE PREDICTION [PREDICTION ...] -djfile dataset.json -o metrics.csv
-
-The folders and `-djfile` are those of `nnUNetv2_evaluate_folder`; every file of a PREDICTION folder is compared with
-the file of that name in REFERENCE. A training's `fold_X/validation` is such a folder, `gt_segmentations` in
-`nnUNet_preprocessed` the reference. The CSV has one row for each folder, case and class; the means are printed.
-"""
+"""Overlap and surface distances of predicted segmentations, for each case and class."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,15 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 from nnunetv2.evaluation.evaluate_predictions import region_or_label_to_mask
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from tqdm import tqdm
 
+from nnunetv2_selfreg.benchmark import METRICS
+from nnunetv2_selfreg.data.datasets import read_json
+from nnunetv2_selfreg.errors import UserError
+
 # MONAI warns of an argument that it passes itself.
 warnings.filterwarnings("ignore", r"monai\.metrics\.utils get_mask_edges", FutureWarning)
-METRICS = {"dice": "Dice", "jaccard": "Jaccard", "hd95_mm": "95 % Hausdorff, mm", "asd_mm": "mean surface distance, mm"}
 
 
 def mask_metrics(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
@@ -61,23 +55,22 @@ def folder_metrics(predictions: Path, references: Path, dataset_json: dict) -> I
     """A row for each case and class or region of a folder: `case`, `class` and the METRICS.
 
     Raises:
-        FileNotFoundError: there is no prediction, or one has no reference.
-        ValueError: prediction and reference differ in shape.
+        UserError: there is no prediction, or one has no reference or a reference of another shape.
     """
     ending = dataset_json["file_ending"]
     files = sorted(predictions.glob(f"*{ending}"))
     if not files:
-        raise FileNotFoundError(f"{predictions} has no {ending} file")
+        raise UserError(f"{predictions} has no {ending} file")
     reader = determine_reader_writer_from_dataset_json(dataset_json, str(files[0]), verbose=False)()
     classes = {name: label for name, label in dataset_json["labels"].items() if name not in ("background", "ignore")}
     ignored = dataset_json["labels"].get("ignore")
     for file in tqdm(files, desc=predictions.parent.name, disable=None):
         if not (references / file.name).is_file():
-            raise FileNotFoundError(f"{file} has no reference {references / file.name}")
+            raise UserError(f"{file} has no reference {references / file.name}")
         prediction, _ = reader.read_seg(str(file))
         reference, properties = reader.read_seg(str(references / file.name))
         if prediction.shape != reference.shape:
-            raise ValueError(f"{file} has the shape {prediction.shape[1:]}, its reference {reference.shape[1:]}")
+            raise UserError(f"{file} has the shape {prediction.shape[1:]}, its reference {reference.shape[1:]}")
         prediction[reference == ignored] = 0
         for name, label in classes.items():
             masks = (region_or_label_to_mask(segmentation[0], label) for segmentation in (prediction, reference))
@@ -85,20 +78,26 @@ def folder_metrics(predictions: Path, references: Path, dataset_json: dict) -> I
             yield {"case": file.name.removesuffix(ending), "class": name, **metrics}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reference", type=Path)
-    parser.add_argument("prediction", type=Path, nargs="+")
-    parser.add_argument("-djfile", required=True, metavar="FILE", help="dataset.json")
-    parser.add_argument("-o", type=Path, required=True, metavar="FILE", help="CSV to write")
-    arguments = parser.parse_args()
-    dataset_json = load_json(arguments.djfile)
+def write_metrics(references: Path, predictions: Sequence[Path], description: Path, table: Path) -> None:
+    """Writes a CSV with a row for each folder of predictions, case and class; prints the means.
+
+    Args:
+        references: for each file of a folder of predictions, one of that name.
+        predictions: folders.
+        description: the data set's dataset.json.
+        table: to be written.
+
+    Raises:
+        UserError: as `folder_metrics`, or `description` is not JSON.
+    """
+    dataset_json = read_json(description)
+    table.parent.mkdir(parents=True, exist_ok=True)
     rows = []
-    for folder in arguments.prediction:
-        found = list(folder_metrics(folder, arguments.reference, dataset_json))
+    for folder in predictions:
+        found = list(folder_metrics(folder, references, dataset_json))
         print_means(folder, found)
         rows += [{"folder": folder, **row} for row in found]
-    pd.DataFrame(rows).to_csv(arguments.o, index=False)
+    pd.DataFrame(rows).to_csv(table, index=False)
 
 
 def print_means(folder: Path, rows: list[dict]) -> None:
@@ -108,7 +107,3 @@ def print_means(folder: Path, rows: list[dict]) -> None:
         mine = [row for row in rows if row["class"] == name]
         means = (f"{np.nanmean([row[metric] for row in mine]):.4f}" for metric in METRICS)
         print(f"| {name} | {len(mine)} | {' | '.join(means)} |")
-
-
-if __name__ == "__main__":
-    main()

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_type_hints
 
-from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
-from commands import add_configuration, call
-from locks import Lock, locked
+from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
+from nnunetv2_selfreg.benchmark import protocols
+from nnunetv2_selfreg.benchmark.commands import add_configuration, call
+from nnunetv2_selfreg.benchmark.locks import Lock, locked
 from nnunetv2_selfreg.data.datasets import label_files, labeled_cases, read_json
 from nnunetv2_selfreg.data.splits import append_fold, folds_of, new_fold
 from nnunetv2_selfreg.errors import UserError
 from nnunetv2_selfreg.files import replacing
 
-PROTOCOLS = Path(__file__).resolve().parent / "protocols"
+DEFAULT_PLANS = "nnUNetPlans"
+REQUIRED = ("dataset", "plans", "configuration", "epochs", "iterations")
+OF_A_SPLIT = ("labeled", "val", "seed", "in_order")
+AS_JSON = {str: "a string", int: "a whole number from 1", list: "a list in brackets", dict: "an object in braces"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Protocol:
 
     Without `base` the plans have the configuration already; with it, the configuration is derived from `base` by
     `settings` (of the configuration) and `architecture` (arguments of the network). `split` is a fold as
-    `nnunetv2_selfreg split` makes it, in the place of `folds`.
+    `nnUNetv2_selfreg split` makes it, in the place of `folds`. Names and types are those of a protocol's file.
     """
 
     name: str
@@ -38,29 +44,39 @@ class Protocol:
     epochs: int
     iterations: int
     device: str = "cuda"
-    folds: list[int] = field(default_factory=list)
-    split: dict | None = None
-    spacing: list[float] | None = None
-    base: str | None = None
+    folds: list = field(default_factory=list)
+    split: dict = field(default_factory=dict)
+    spacing: list = field(default_factory=list)
+    base: str = ""
     settings: dict = field(default_factory=dict)
     architecture: dict = field(default_factory=dict)
 
     @classmethod
     def load(cls, name: str, scale: str) -> Protocol:
-        """The protocol of a name.
+        """The protocol of a name that comes with the package.
 
         Raises:
-            ValueError: there is none, or not of that scale; the message lists what there is.
+            UserError: there is none, or not of that scale; the message lists what there is.
         """
-        if name not in protocol_names():
-            raise ValueError(f"there is no protocol {name}; there are {', '.join(protocol_names())}")
-        content = _read(name)
-        scales = content.pop("scales")
-        if scale not in scales:
-            raise ValueError(f"protocol {name} has no scale {scale}; it has {', '.join(scales)}")
-        of_scale = scales[scale]
-        inherited = scales[of_scale.pop("inherits_from")] if "inherits_from" in of_scale else {}
-        return cls(name=f"{name}-{scale}", **content, **{**inherited, **of_scale})
+        return cls.read(_file_of(name), scale)
+
+    @classmethod
+    def read(cls, file: Path, scale: str) -> Protocol:
+        """The protocol that a file describes.
+
+        Raises:
+            UserError: there is no such file or scale, or the file says what no protocol says.
+        """
+        content = _content(file)
+        scales = content.pop("scales", {})
+        if not scales:
+            raise UserError(
+                f"{file} has no 'scales', an object with one for each size of the trainings. Add it, or name a "
+                "protocol that has it with 'inherits_from'."
+            )
+        merged = {**content, **_of_scale(scales, scale, file)}
+        _check(merged, f"{file}, scale {scale}")
+        return cls(name=f"{file.stem}-{scale}", **merged)
 
     @property
     def folder(self) -> Path:
@@ -76,7 +92,7 @@ class Protocol:
         """Makes what is missing of plans, configuration, preprocessed cases and folds; returns the folds.
 
         Raises:
-            ValueError: neither the raw nor the preprocessed data set is there, the plans have another configuration of
+            UserError: neither the raw nor the preprocessed data set is there, the plans have another configuration of
                 that name, or a preprocessed folder lacks cases that nobody was making.
             ExitStatusError: one of nnU-Net's commands failed.
         """
@@ -88,7 +104,7 @@ class Protocol:
             if not file.is_file():  # else the first training would write it, and change its own setting
                 with replacing(file) as part:
                     save_json(folds, part)
-            return self.folds if self.split is None else [self._fold(folds)]
+            return [self._fold(folds)] if self.split else self.folds or [0]
 
     def _plan(self, log: Path, lock: Lock) -> None:
         def nnunet(command: str, *options: str) -> None:
@@ -100,11 +116,13 @@ class Protocol:
             nnunet("nnUNetv2_extract_fingerprint")
         plans = self.folder / f"{self.plans}.json"
         if not _is_whole(plans):
+            if self.plans != DEFAULT_PLANS and not self.spacing:  # nobody knows with which planner
+                raise UserError(f"{plans} does not exist. Run nnUNetv2_plan_experiment, or take other plans.")
             spacing = ["-overwrite_target_spacing", *map(str, self.spacing)] if self.spacing else []
             nnunet("nnUNetv2_plan_experiment", *spacing, "-overwrite_plans_name", self.plans)
         base = self.base or self.configuration
         if base not in (configurations := read_json(plans)["configurations"]):
-            raise ValueError(f"{plans} has no configuration {base}; it has {', '.join(configurations)}")
+            raise UserError(f"{plans} has no configuration {base}; it has {', '.join(configurations)}")
         if self.base:
             add_configuration(plans, self.configuration, self.base, self.settings, self.architecture)
         self._preprocess(base, nnunet)
@@ -121,7 +139,7 @@ class Protocol:
         if not unfinished and not begun.is_file():  # of one that was begun, any file may be half
             return
         if folder.is_dir() and not begun.is_file():  # nnU-Net deletes it first, and it may be in use
-            raise ValueError(
+            raise UserError(
                 f"{folder} or gt_segmentations beside it lacks {', '.join(unfinished[:3])} (of {len(unfinished)}). Run "
                 f"nnUNetv2_preprocess, which makes that folder anew, or take them out of {self.raw}"
             )
@@ -134,9 +152,9 @@ class Protocol:
     def _require_data_set(self) -> None:
         for name in ("nnUNet_raw", "nnUNet_preprocessed"):
             if name not in os.environ:
-                raise ValueError(f"the environment variable {name} is not set")
+                raise UserError(f"the environment variable {name} is not set. Set it to nnU-Net's folder of that name.")
         if not self.raw.is_dir() and not self.folder.is_dir():
-            raise ValueError(f"{self.raw} does not exist: put the raw data set there, in nnU-Net's format")
+            raise UserError(f"{self.raw} does not exist: put the raw data set there, in nnU-Net's format")
 
     def _raw_labels(self) -> dict[str, Path]:
         """The label files of the raw data set; none where that is not at hand."""
@@ -147,11 +165,11 @@ class Protocol:
         """What decides about a run's result besides the trainer, the same for all trainers.
 
         Raises:
-            ValueError: there is no such fold.
+            UserError: there is no such fold.
         """
         planned, folds = self._planned(), folds_of(self.folder)
         if not 0 <= fold < len(folds):
-            raise ValueError(f"{self.folder / 'splits_final.json'} has no fold {fold}; it has 0 to {len(folds) - 1}")
+            raise UserError(f"{self.folder / 'splits_final.json'} has no fold {fold}; it has 0 to {len(folds) - 1}")
         return {
             "dataset": self.dataset,
             "epochs": self.epochs,
@@ -183,18 +201,62 @@ def _is_whole(file: Path) -> bool:
     return True
 
 
-def _read(name: str) -> dict:
-    """A protocol's file; where `inherits_from` names another, what it says itself counts."""
-    content = load_json(str(PROTOCOLS / f"{name}.json"))
+def _file_of(name: str) -> Path:
+    if name not in protocols.names():
+        names = ", ".join(protocols.names())
+        raise UserError(f"there is no protocol {name}; there are {names}. Name one, or give a file with --protocol.")
+    return protocols.FOLDER / f"{name}.json"
+
+
+def _content(file: Path) -> dict:
+    """What a protocol's file says; where `inherits_from` names another protocol, what it says itself counts, and its
+    scales stand beside the other's."""
+    if not file.is_file():
+        raise UserError(f"{file} is no file. Give the path of a protocol, a JSON file.")
+    content = read_json(file, "Mend it.")
+    scales = content.get("scales", {}) if isinstance(content, dict) else None
+    if not isinstance(scales, dict) or not all(isinstance(scale, dict) for scale in scales.values()):
+        raise UserError(f"{file}: a protocol, its 'scales' and each of these are JSON objects. Write them in braces.")
     if "inherits_from" not in content:
         return content
-    return {**_read(content.pop("inherits_from")), **content}
+    try:
+        inherited = _content(_file_of(content.pop("inherits_from")))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    return {**inherited, **content, "scales": {**inherited["scales"], **scales}}
 
 
-def scales_of(name: str) -> list[str]:
-    """The scales that a protocol's file has."""
-    return list(_read(name)["scales"])
+def _of_scale(scales: dict[str, dict], name: str, file: Path) -> dict:
+    """What a scale says, and what it inherits from another one."""
+    if name not in scales:
+        raise UserError(f"{file} has no scale {name}; it has {', '.join(scales)}. Name one of these.")
+    others = {**scales}
+    own = {**others.pop(name)}
+    if "inherits_from" not in own:
+        return own
+    return {**_of_scale(others, own.pop("inherits_from"), file), **own}
 
 
-def protocol_names() -> list[str]:
-    return sorted(file.stem for file in PROTOCOLS.glob("*.json"))
+def _check(content: dict, where: str) -> None:
+    """Refuses, with a UserError, what is missing, unknown or of another type in a protocol."""
+    types = get_type_hints(Protocol)
+    del types["name"]
+    _check_names(content, types, REQUIRED, where)
+    for name, value in content.items():
+        if not isinstance(value, types[name]) or (types[name] is int and value < 1):
+            raise UserError(f"{where}: {name} is {value!r}. Give {AS_JSON[types[name]]}.")
+    if not re.fullmatch(r"Dataset\d{3}_.+", content["dataset"]):
+        raise UserError(f"{where}: dataset is {content['dataset']!r}. Write its whole name, as Dataset004_Hippocampus.")
+    split = content.get("split", {})
+    if split:
+        _check_names(split, OF_A_SPLIT, OF_A_SPLIT[:1], f"{where}, split")
+    for number in (*content.get("folds", []), *split.values()):
+        if not isinstance(number, int | float):
+            raise UserError(f"{where}: {number!r} in folds or split is no number. Give one.")
+
+
+def _check_names(content: Iterable[str], known: Iterable[str], required: Iterable[str], where: str) -> None:
+    if unknown := [name for name in content if name not in known]:
+        raise UserError(f"{where}: unknown are {', '.join(unknown)}. Known are {', '.join(known)}.")
+    if lacking := [name for name in required if name not in content]:
+        raise UserError(f"{where} lacks {', '.join(lacking)}. Add what is missing.")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import psutil
-from commands import kill_group
 from tqdm import tqdm
+
+from nnunetv2_selfreg.benchmark.commands import kill_group
 
 CLOCK_SECONDS = 5  # by which the time of a process's birth moves with the system's clock
 POLL_SECONDS = 0.5
+FAR = 2**30  # a position behind any note: nobody can read what is locked on Windows
 
 
 class Lock:
@@ -33,20 +35,43 @@ class Lock:
 def locked(file: Path) -> Iterator[Lock]:
     """Waits until no other process holds the lock, nor works on under the lock of one that was killed.
 
-    The kernel gives a killed process's lock free at once; what it had started lives on. Its workers would too, when
-    that is killed in turn, so they are ended first.
+    The system gives a killed process's lock free; what it had started lives on. Its workers would too, when that is
+    killed in turn, so they are ended first.
     """
     with file.open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _taken(handle):
             tqdm.write(f"{file} is locked by another process; waiting for it", file=sys.stderr)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            while not _taken(handle):
+                time.sleep(POLL_SECONDS)
         _wait_for_what_was_left_behind(file)
         try:
             yield Lock(file)
         finally:
             file.write_text("")
+
+
+def _taken(handle: TextIO) -> bool:
+    """Locks an open file until it is closed, unless another process holds the lock."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        return _taken_on_windows(handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _taken_on_windows(handle: TextIO) -> bool:
+    import msvcrt
+
+    handle.seek(FAR)
+    try:
+        msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+    except PermissionError:
+        return False
+    return True
 
 
 def _wait_for_what_was_left_behind(file: Path) -> None:

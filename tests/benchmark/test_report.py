@@ -2,18 +2,18 @@
 
 import re
 import shutil
-import sys
 
-import benchmark_figures
-import benchmark_report
-import benchmark_statistics
 import numpy as np
 import pandas as pd
 import phantom
 import pytest
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
 from scipy.stats import wilcoxon
-from segmentation_metrics import METRICS
+
+from nnunetv2_selfreg import cli
+from nnunetv2_selfreg.benchmark import METRICS, figures, statistics
+from nnunetv2_selfreg.benchmark.report import markdown
+from nnunetv2_selfreg.errors import UserError
 
 DICE = {
     ("nnUNetTrainer", 1): [0.80, 0.60, 0.70, 0.50, 0.40, 0.30],
@@ -54,18 +54,18 @@ def runs(tmp_path):
 
 
 def test_mean_over_cases_and_deviation_over_runs(runs):
-    cases, results = benchmark_statistics.read_runs(runs)
-    dice = benchmark_statistics.summary(cases).loc[("nnUNetTrainer", "organ"), "dice"]
+    cases, results = statistics.read_runs(runs)
+    dice = statistics.summary(cases).loc[("nnUNetTrainer", "organ"), "dice"]
     means = [100 * np.mean(DICE["nnUNetTrainer", repetition]) for repetition in (1, 2)]
     assert dice["mean"] == pytest.approx(np.mean(means))
     assert dice["std"] == pytest.approx(np.std(means, ddof=1))
     assert dice["count"] == 2
-    assert sorted(benchmark_statistics.epoch_seconds(result).sum() for result in results) == [4, 4, 8]
+    assert sorted(statistics.epoch_seconds(result).sum() for result in results) == [4, 4, 8]
 
 
 def test_differences_are_paired_by_case(runs):
-    cases, _ = benchmark_statistics.read_runs(runs)
-    (table,) = benchmark_statistics.differences(cases, "dice").values()
+    cases, _ = statistics.read_runs(runs)
+    (table,) = statistics.differences(cases, "dice").values()
     values = table["organ"]
     stock = np.mean([DICE["nnUNetTrainer", 1], DICE["nnUNetTrainer", 2]], 0)
     np.testing.assert_allclose(values, 100 * (np.array(DICE["nnUNetTrainerMine", 1]) - stock))
@@ -74,25 +74,28 @@ def test_differences_are_paired_by_case(runs):
 def test_interval_is_the_usual_one_where_that_is_right():
     """Of normal values, of which there are many: mean ± 1.96 standard errors."""
     values = pd.Series(np.random.default_rng(1).normal(3, 2, 2000))
-    low, high = benchmark_statistics.interval(values)
+    low, high = statistics.interval(values)
     error = 1.96 * values.std() / len(values) ** 0.5
     assert low == pytest.approx(values.mean() - error, abs=0.05 * error)
     assert high == pytest.approx(values.mean() + error, abs=0.05 * error)
 
 
 def test_repetitions_of_stock_are_compared_with_each_other(runs):
-    cases, _ = benchmark_statistics.read_runs(runs)
-    tables = benchmark_statistics.stock_against_itself(cases, "dice")
+    cases, _ = statistics.read_runs(runs)
+    tables = statistics.stock_against_itself(cases, "dice")
     np.testing.assert_allclose(tables["nnUNetTrainer, repetition 2"]["organ"], [10, 0, 0, 0, 0, 0], atol=1e-9)
     np.testing.assert_allclose(tables["nnUNetTrainer, repetition 1"]["organ"], [-10, 0, 0, 0, 0, 0], atol=1e-9)
-    assert not benchmark_statistics.stock_against_itself(cases[cases["repetition"] == 1], "dice")
-    rows = benchmark_statistics.difference_rows(cases)
+    assert not statistics.stock_against_itself(cases[cases["repetition"] == 1], "dice")
+    rows = statistics.difference_rows(cases)
     assert rows["trainer"].nunique() == 3
 
 
-def test_report_has_every_number_and_the_commands(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["benchmark_report.py", str(runs), "-o", str(tmp_path / "report")])
-    benchmark_report.main()
+def make_report(runs, folder) -> int:
+    return cli.main(["benchmark", "report", str(runs), "-o", str(folder)])
+
+
+def test_report_has_every_number_and_the_commands(runs, tmp_path, capsys):
+    assert make_report(runs, tmp_path / "report") == 0
     report = (tmp_path / "report" / "report.md").read_text()
     assert "| nnUNetTrainer | organ | 2 | 55.83 ± 1.18 |" in report
     assert "| nnUNetTrainerMine | organ | 1 | 59.17 |" in report
@@ -119,9 +122,9 @@ def test_report_has_every_number_and_the_commands(runs, tmp_path, monkeypatch, c
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The axes of the figures that are closed."""
+    """The axes of the figures that are saved."""
     axes = []
-    monkeypatch.setattr(benchmark_figures.plt, "close", lambda figure: axes.append(figure.axes[0]))
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: axes.append(figure.axes[0]))
     return axes
 
 
@@ -130,15 +133,15 @@ def points(axes) -> list[tuple[list, list]]:
 
 
 def test_figures_show_the_numbers(runs, tmp_path, drawn):
-    cases, results = benchmark_statistics.read_runs(runs)
-    benchmark_figures.draw_learning_curves(results, tmp_path / "curves.png")
+    cases, results = statistics.read_runs(runs)
+    figures.draw_learning_curves(results, tmp_path / "curves.png")
     assert points(drawn.pop()) == [([1, 2, 3, 4], [0.1, 0.2, 0.3, 0.4])] * 3
-    benchmark_figures.draw_dice_against_time(cases, results, tmp_path / "time.png")
+    figures.draw_dice_against_time(cases, results, tmp_path / "time.png")
     expected = {(4 / 60, 100 * np.mean(DICE["nnUNetTrainer", 1])), (8 / 60, 100 * np.mean(DICE["nnUNetTrainer", 2]))}
     expected |= {(4 / 60, 100 * np.mean(DICE["nnUNetTrainerMine", 1]))}
     found = {(round(float(x), 6), round(float(y), 6)) for (x,), (y,) in points(drawn.pop())}
     assert found == {(round(x, 6), round(float(y), 6)) for x, y in expected}
-    benchmark_figures.draw_differences(cases, tmp_path / "differences.png")
+    figures.draw_differences(cases, tmp_path / "differences.png")
     axes = drawn.pop()
     stock = np.mean([DICE["nnUNetTrainer", 1], DICE["nnUNetTrainer", 2]], 0)
     difference = 100 * (np.array(DICE["nnUNetTrainerMine", 1]) - stock)
@@ -149,15 +152,15 @@ def test_figures_show_the_numbers(runs, tmp_path, drawn):
 
 
 def test_more_trainers_than_colours_are_drawn(runs, tmp_path):
-    _, results = benchmark_statistics.read_runs(runs)
+    _, results = statistics.read_runs(runs)
     many = [{**results[0], "trainer": f"nnUNetTrainer{n}"} for n in range(22)]
-    benchmark_figures.draw_learning_curves(many, tmp_path / "curves.png")
+    figures.draw_learning_curves(many, tmp_path / "curves.png")
 
 
 def test_mean_of_the_classes_stands_last():
     dice = {"anterior": 90, "posterior": 60}
     cases = table({("nnUNetTrainer", 0, 1, case, label): dice[label] for case in "12" for label in dice})
-    found = benchmark_statistics.summary(cases)
+    found = statistics.summary(cases)
     assert found.loc[("nnUNetTrainer", "mean"), ("dice", "mean")] == 75
     assert [*found.index.get_level_values("class")] == ["anterior", "posterior", "mean"]
 
@@ -171,7 +174,7 @@ def table(values: dict) -> pd.DataFrame:
 def test_spread_is_over_repetitions_not_over_folds():
     stock = "nnUNetTrainer"
     cases = table({(stock, fold, rep, f"{fold}", "a"): 60 + 30 * fold for fold in (0, 1) for rep in (1, 2)})
-    dice = benchmark_statistics.summary(cases).loc[(stock, "a"), "dice"]
+    dice = statistics.summary(cases).loc[(stock, "a"), "dice"]
     assert (dice["mean"], dice["std"], dice["count"]) == (75, 0, 2)
 
 
@@ -180,18 +183,18 @@ def test_repetition_that_lacks_a_fold_is_named_and_no_part_of_the_spread(runs):
     cases = table(
         {("nnUNetTrainer", fold, rep, f"{fold}", "a"): 90 - 20 * fold for rep in folds for fold in folds[rep]}
     )
-    assert benchmark_statistics.incomplete_repetitions(cases) == [("nnUNetTrainer", 3)]
-    dice = benchmark_statistics.summary(cases).loc[("nnUNetTrainer", "a"), "dice"]
+    assert statistics.incomplete_repetitions(cases) == [("nnUNetTrainer", 3)]
+    dice = statistics.summary(cases).loc[("nnUNetTrainer", "a"), "dice"]
     assert (dice["mean"], dice["std"], dice["count"]) == (80, 0, 2)
-    _, results = benchmark_statistics.read_runs(runs)
-    report = benchmark_report.markdown(cases, pd.DataFrame(), results)
+    _, results = statistics.read_runs(runs)
+    report = markdown(cases, pd.DataFrame(), results)
     assert "Repetition 3 of nnUNetTrainer lacks folds and is not in the first table." in report
 
 
 def test_first_epoch_in_which_every_class_is_learned():
-    assert benchmark_statistics.first_epoch_with([[0.9, 0.6], [0.7, 0.7], [0.8, 0.8]]) == 2
-    assert benchmark_statistics.first_epoch_with([[0.9, 0.6]]) == np.inf
-    assert np.isnan(benchmark_statistics.first_epoch_with([]))
+    assert statistics.first_epoch_with([[0.9, 0.6], [0.7, 0.7], [0.8, 0.8]]) == 2
+    assert statistics.first_epoch_with([[0.9, 0.6]]) == np.inf
+    assert np.isnan(statistics.first_epoch_with([]))
 
 
 def test_only_pairs_that_both_sides_have_in_every_repetition_count():
@@ -202,9 +205,9 @@ def test_only_pairs_that_both_sides_have_in_every_repetition_count():
         for repetition in (1, 2):
             values[trainer, 0, repetition, "1", "b"] = np.nan
     values["nnUNetTrainerMine", 0, 2, "1", "b"] = 0.0
-    (found,) = benchmark_statistics.differences(table(values), "dice").values()
+    (found,) = statistics.differences(table(values), "dice").values()
     np.testing.assert_array_equal(found.to_numpy(), [[10, np.nan], [10, 10]])
-    rows = benchmark_statistics.difference_rows(table(values))
+    rows = statistics.difference_rows(table(values))
     dice = rows[(rows["metric"] == "Dice") & (rows["trainer"] == "nnUNetTrainerMine")].set_index("class")
     assert dice["cases"].to_dict() == {"mean": 2, "a": 2, "b": 1}
     assert dice["mean"].to_dict() == {"mean": 10, "a": 10, "b": 10}
@@ -213,7 +216,7 @@ def test_only_pairs_that_both_sides_have_in_every_repetition_count():
 @pytest.mark.filterwarnings("error")
 def test_runs_that_do_not_differ_at_all():
     values = {(t, 0, 1, case, "a"): 80.0 for t in ("nnUNetTrainer", "nnUNetTrainerMine") for case in "12"}
-    rows = benchmark_statistics.difference_rows(table(values))
+    rows = statistics.difference_rows(table(values))
     assert (rows["mean"] == 0).all()
     assert rows[["low", "high", "p"]].isna().all(axis=None)
 
@@ -223,24 +226,23 @@ def test_diverged_runs_are_named_and_left_out(runs, tmp_path, monkeypatch):
     result = load_json(str(failed / "result.json"))
     save_json({**result, "failure": "it diverged: nan"}, str(failed / "result.json"))
     (failed / "metrics.csv").unlink()
-    cases, results = benchmark_statistics.read_runs(runs)
+    cases, results = statistics.read_runs(runs)
     assert set(cases["trainer"]) == {"nnUNetTrainer"}
-    report = benchmark_report.markdown(cases, benchmark_statistics.difference_rows(cases), results)
+    report = markdown(cases, statistics.difference_rows(cases), results)
     assert f"{failed.name}: it diverged: nan" in report
-    monkeypatch.setattr(sys, "argv", ["benchmark_report.py", str(runs), "-o", str(tmp_path / "report")])
-    assert benchmark_report.main() == 0
+    assert make_report(runs, tmp_path / "report") == 0
     for folder in runs.glob("nnUNetTrainer-*/result.json"):
         folder.unlink()
-    with pytest.raises(FileNotFoundError, match=r"all runs of .* failed: .*it diverged: nan"):
-        benchmark_statistics.read_runs(runs)
+    with pytest.raises(UserError, match=r"all runs of .* failed: .*it diverged: nan"):
+        statistics.read_runs(runs)
 
 
 def test_costs_are_medians_over_runs(runs):
     for number, file in enumerate(sorted(runs.glob("nnUNetTrainer-*/result.json")), 1):
         measured = {"iterations": 10, "peak_memory_mib": 1000 * number, "prediction_seconds": 2 * number}
         save_json({**load_json(str(file)), **measured}, str(file))
-    cases, results = benchmark_statistics.read_runs(runs)
-    lines = benchmark_report.markdown(cases, benchmark_statistics.difference_rows(cases), results).splitlines()
+    cases, results = statistics.read_runs(runs)
+    lines = markdown(cases, statistics.difference_rows(cases), results).splitlines()
     # 4 epochs of 1 s and of 2 s; 1.5 million parameters; one of the two never learns, the other in epoch 4
     assert "| nnUNetTrainer | 2 cores | 1.5 | 0.15 | 0.1 | 1500 | 3 | 4 |" in lines
     assert "| nnUNetTrainerMine | 2 cores | 1.5 | – | 0.0667 | – | – | never |" in lines
@@ -249,8 +251,8 @@ def test_costs_are_medians_over_runs(runs):
 def test_costs_of_different_machines_are_not_mixed(runs):
     (file,) = runs.glob("nnUNetTrainer-*-2/result.json")
     save_json({**load_json(str(file)), "machine": "1 core"}, str(file))
-    cases, results = benchmark_statistics.read_runs(runs)
-    lines = benchmark_report.markdown(cases, benchmark_statistics.difference_rows(cases), results).splitlines()
+    cases, results = statistics.read_runs(runs)
+    lines = markdown(cases, statistics.difference_rows(cases), results).splitlines()
     assert "| nnUNetTrainer | 1 core | 1.5 | – | 0.133 | – | – | 4 |" in lines
     assert "| nnUNetTrainer | 2 cores | 1.5 | – | 0.0667 | – | – | never |" in lines
 
@@ -267,9 +269,9 @@ def test_contours_of_the_best_the_median_and_the_worst_case(runs, tmp_path, monk
         if result["trainer"] == "nnUNetTrainer":
             shutil.copytree(raw / "labelsTr", file.with_name("val"))
     drawn = {}
-    monkeypatch.setattr(benchmark_figures, "contour_figure", lambda cases, file: drawn.update({file.name: cases}))
-    cases, results = benchmark_statistics.read_runs(runs)
-    assert benchmark_figures.draw_contours(cases, results, tmp_path) == ["nnUNetTrainerMine"]
+    monkeypatch.setattr(figures, "contour_figure", lambda cases, file: drawn.update({file.name: cases}))
+    cases, results = statistics.read_runs(runs)
+    assert figures.draw_contours(cases, results, tmp_path) == ["nnUNetTrainerMine"]
     titles = [case.title for case in drawn["contours-nnUNetTrainer.png"]]
     assert titles == [
         "best: phantom_000, Dice 80.0 %",
@@ -281,6 +283,19 @@ def test_contours_of_the_best_the_median_and_the_worst_case(runs, tmp_path, monk
     np.testing.assert_array_equal(first.reference, first.prediction)
 
 
-def test_folder_without_a_finished_run_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
-        benchmark_statistics.read_runs(tmp_path)
+def test_report_of_the_folder_above_if_it_has_the_runs_of_one_protocol(runs, tmp_path, capsys):
+    (tmp_path / "none-finished" / "nnUNetTrainer-fold0-1").mkdir(parents=True)
+    assert make_report(tmp_path, tmp_path / "report") == 0
+    assert "# tiny-cpu" in (tmp_path / "report" / "report.md").read_text()
+    shutil.copytree(runs, tmp_path / "other-cpu")
+    capsys.readouterr()
+    assert make_report(tmp_path, tmp_path / "report") == 2
+    error = f"nnUNetv2_selfreg: {tmp_path} has the runs of other-cpu, tiny-cpu. Give one of these folders.\n"
+    assert capsys.readouterr().err == error
+
+
+@pytest.mark.parametrize("folder", [".", "nowhere"])
+def test_folder_without_a_finished_run_is_named(folder, tmp_path, capsys):
+    assert make_report(tmp_path / folder, tmp_path / "report") == 2
+    assert f"nnUNetv2_selfreg: {tmp_path / folder} has no finished run" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()

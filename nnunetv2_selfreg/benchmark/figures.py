@@ -8,21 +8,18 @@ from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from batchgenerators.utilities.file_and_folder_operations import load_json
-from benchmark_statistics import comparisons, epoch_seconds, interval
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_selfreg.analysis.contours import Case, contour_figure
-
-matplotlib.use("agg")
-from matplotlib import colormaps
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
+from nnunetv2_selfreg.benchmark.statistics import comparisons, epoch_seconds, interval
 
 
 def draw_differences(cases: pd.DataFrame, file: Path) -> None:
@@ -31,7 +28,8 @@ def draw_differences(cases: pd.DataFrame, file: Path) -> None:
     values = {name: table.mean(axis=1).dropna() for name, table in comparisons(cases, "dice").items()}
     if not values:
         return
-    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.5 * len(values)), layout="constrained")
+    figure = Figure(figsize=(7, 1.2 + 0.5 * len(values)), layout="constrained")
+    axes = figure.subplots()
     for height, mine in enumerate(values.values()):
         axes.plot(mine, np.full(len(mine), height), "o", alpha=0.4, markeredgewidth=0)
         axes.plot(interval(mine), [height + 0.25] * 2, "k-", linewidth=2)
@@ -40,7 +38,6 @@ def draw_differences(cases: pd.DataFrame, file: Path) -> None:
     axes.set(yticks=range(len(values)), yticklabels=values, ylim=(-0.5, len(values) - 0.25))
     axes.set_xlabel("Dice, trainer minus stock, points (a dot is a case)")
     figure.savefig(file, dpi=150)
-    plt.close(figure)
 
 
 def draw_learning_curves(results: list[dict], file: Path) -> None:
@@ -65,14 +62,14 @@ def draw_dice_against_time(cases: pd.DataFrame, results: list[dict], file: Path)
 @contextmanager
 def _figure_by_trainer(results: list[dict], file: Path) -> Iterator[tuple[Axes, dict[str, str]]]:
     """Axes with a legend of trainers, and their colours."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     trainers = dict.fromkeys(result["trainer"] for result in results)
     colors = dict(zip(trainers, cycle(colormaps["tab20"].colors), strict=False))
     yield axes, colors
     handles = [Line2D([], [], color=color, label=name, marker="o") for name, color in colors.items()]
     axes.legend(handles=handles, fontsize="small" if len(handles) <= 6 else "xx-small")
     figure.savefig(file, dpi=150)
-    plt.close(figure)
 
 
 def draw_contours(cases: pd.DataFrame, results: list[dict], folder: Path) -> list[str]:

@@ -1,23 +1,21 @@
-"""What the runs of a protocol say: tables, the paired differences to stock nnU-Net, and figures.
-
-    python scripts/benchmark_report.py runs/left-atrium-8-cpu -o report
-
-Reads `result.json` and `metrics.csv` of each run that `benchmark.py` finished in the folder; these can be kept without
-the models. Writes `report.md`, `cases.csv` (every case of every run), `differences.csv` (of each class too),
-`differences.png`, `learning_curves.png` and `dice_against_time.png`; where the predictions are still there and the
-images in `nnUNet_raw`, also the contours of the best, the median and the worst case, in `contours-TRAINER.png`.
-"""
+"""What the runs of a protocol say: tables, the paired differences to stock nnU-Net, and figures."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from benchmark_figures import draw_contours, draw_dice_against_time, draw_differences, draw_learning_curves
-from benchmark_statistics import (
+
+from nnunetv2_selfreg.benchmark import METRICS
+from nnunetv2_selfreg.benchmark.figures import (
+    draw_contours,
+    draw_dice_against_time,
+    draw_differences,
+    draw_learning_curves,
+)
+from nnunetv2_selfreg.benchmark.statistics import (
     BOOTSTRAP_SEED,
     LEARNED,
     costs_of,
@@ -27,7 +25,52 @@ from benchmark_statistics import (
     read_runs,
     summary,
 )
-from segmentation_metrics import METRICS
+from nnunetv2_selfreg.errors import UserError
+
+
+def write_report(folder: Path, output: Path) -> None:
+    """Writes the report's files to `output` and prints its text.
+
+    Of each finished run `result.json` and `metrics.csv` are read; these can be kept without the models. Contours are
+    drawn where the predictions are still there, and the images in `nnUNet_raw`.
+
+    Args:
+        folder: of a protocol's runs, or the one above it if that holds the runs of this protocol only.
+        output: is made; gets `report.md`, `cases.csv` (every case of every run), `differences.csv` (of each class too),
+            `differences.png`, `learning_curves.png`, `dice_against_time.png` and `contours-TRAINER.png`.
+
+    Raises:
+        UserError: no run is finished or all failed, or there are the runs of several protocols.
+    """
+    cases, results = read_runs(folder_of_runs(folder))
+    output.mkdir(parents=True, exist_ok=True)
+    rows = difference_rows(cases)
+    report = markdown(cases, rows, results)
+    (output / "report.md").write_text(report + "\n", encoding="utf-8")
+    cases.to_csv(output / "cases.csv", index=False)
+    rows.to_csv(output / "differences.csv", index=False)
+    finished = [result for result in results if result["failure"] is None]
+    draw_differences(cases, output / "differences.png")
+    draw_learning_curves(finished, output / "learning_curves.png")
+    draw_dice_against_time(cases, finished, output / "dice_against_time.png")
+    missing = draw_contours(cases, finished, output)
+    print(report)
+    if missing:
+        print(f"\nNo contours of {', '.join(missing)}: predictions or nnUNet_raw are not there.", file=sys.stderr)
+
+
+def folder_of_runs(folder: Path) -> Path:
+    """The folder itself, or the only one in it that has finished runs.
+
+    Raises:
+        UserError: there are several.
+    """
+    if any(folder.glob("*/result.json")):
+        return folder
+    below = sorted({file.parents[1] for file in folder.glob("*/*/result.json")})
+    if len(below) > 1:
+        raise UserError(f"{folder} has the runs of {', '.join(f.name for f in below)}. Give one of these folders.")
+    return below[0] if below else folder
 
 
 def markdown(cases: pd.DataFrame, rows: pd.DataFrame, results: list[dict]) -> str:
@@ -93,7 +136,8 @@ def cost_table(results: list[dict]) -> list[str]:
     costs = pd.DataFrame([{name: result[name] for name in about} | costs_of(result) for result in results])
     lines = [
         "Medians over runs. A step is an epoch's time by its training steps, so its share of the online validation is "
-        "in it (scripts/step_time.py compares steps alone); a prediction is one with mirroring. A trainer has learned "
+        "in it (scripts/step_time.py of the repository compares steps alone); a prediction is one with mirroring. A "
+        "trainer has learned "
         f"in the first epoch with a pseudo Dice of {LEARNED} in every class.",
         "",
     ]
@@ -123,33 +167,3 @@ def table_row(*cells: object) -> str:
 
 def table_head(*titles: str) -> list[str]:
     return [table_row(*titles), table_row(*["---"] * len(titles))]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path)
-    parser.add_argument("-o", type=Path, required=True, metavar="FOLDER")
-    arguments = parser.parse_args()
-    try:
-        cases, results = read_runs(arguments.runs)
-    except FileNotFoundError as error:
-        parser.error(str(error))
-    arguments.o.mkdir(parents=True, exist_ok=True)
-    rows = difference_rows(cases)
-    report = markdown(cases, rows, results)
-    (arguments.o / "report.md").write_text(report + "\n")
-    cases.to_csv(arguments.o / "cases.csv", index=False)
-    rows.to_csv(arguments.o / "differences.csv", index=False)
-    finished = [result for result in results if result["failure"] is None]
-    draw_differences(cases, arguments.o / "differences.png")
-    draw_learning_curves(finished, arguments.o / "learning_curves.png")
-    draw_dice_against_time(cases, finished, arguments.o / "dice_against_time.png")
-    missing = draw_contours(cases, finished, arguments.o)
-    print(report)
-    if missing:
-        print(f"\nNo contours of {', '.join(missing)}: predictions or nnUNet_raw are not there.", file=sys.stderr)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

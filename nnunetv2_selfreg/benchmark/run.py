@@ -20,17 +20,19 @@ import numpy as np
 import pandas as pd
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
-from commands import ExitStatusError, call
-from locks import Lock, locked
-from machine import commit, gpu_memory_in_use, machine
-from protocol import Protocol
-from segmentation_metrics import folder_metrics
 from tqdm import tqdm
 
+from nnunetv2_selfreg import __version__
+from nnunetv2_selfreg.benchmark.commands import ExitStatusError, call
+from nnunetv2_selfreg.benchmark.locks import Lock, locked
+from nnunetv2_selfreg.benchmark.machine import commit, gpu_memory_in_use, machine
+from nnunetv2_selfreg.benchmark.metrics import folder_metrics
+from nnunetv2_selfreg.benchmark.protocol import Protocol
 from nnunetv2_selfreg.data.datasets import read_json
+from nnunetv2_selfreg.errors import UserError
 from nnunetv2_selfreg.files import replacing
 
-PACKAGES = ("nnunetv2", "nnunetv2-selfreg", "torch", "monai")
+PACKAGES = ("nnunetv2", "torch", "monai")
 LITTLE_ROOM = 2**24  # bytes, less than any checkpoint
 # What a user may set that changes a training's time or its sequence of random numbers.
 ENVIRONMENT = ("nnUNet_n_proc_DA", "nnUNet_compile", "PYTHON_CPU_COUNT", "OMP_NUM_THREADS")
@@ -158,7 +160,11 @@ class Run:
             "machine": machine(self.device),
             "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
             "commit": commit(),
-            "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+            "versions": {
+                "python": platform.python_version(),
+                "nnunetv2-selfreg": __version__,
+                **{package: version(package) for package in PACKAGES},
+            },
         }
 
 
@@ -166,7 +172,7 @@ def check_setting(protocol: Protocol, fold: int, output: Path, device: str) -> N
     """Notes the setting of the first run of a fold, which all others must share.
 
     Raises:
-        ValueError: these would be made in another setting, so they could not stand beside the others, or there is no
+        UserError: these would be made in another setting, so they could not stand beside the others, or there is no
             such fold.
     """
     file = output / protocol.name / f"setting-fold{fold}.json"
@@ -179,7 +185,7 @@ def check_setting(protocol: Protocol, fold: int, output: Path, device: str) -> N
     before = read_json(file)
     different = [name for name in setting if before.get(name) != setting[name]]
     if different:
-        raise ValueError(
+        raise UserError(
             f"{file} says that the runs beside it were made with other {', '.join(different)}. Take another -o, or "
             f"remove {file.parent}"
         )

@@ -15,11 +15,20 @@ def machine(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else f"{_cores()} x {_processor()}"
 
 
-def commit() -> str | None:
-    """The commit of this checkout, with a + behind it if files were changed; None where git does not know."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+def commit(file: Path = Path(__file__)) -> str | None:
+    """The commit of the checkout that this package lies in, with a + behind it if files were changed.
+
+    None of an installed package, whatever repository its folder may lie in, and where git does not know.
+    """
+    file = file.resolve()
+    checkout = file.parents[2]
+    if not (checkout / ".git").exists():
+        return None
+    git = ["git", "-C", str(checkout)]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        # Not of a repository that the package was installed into, as by `pip install --target`.
+        _printed(*git, "ls-files", "--error-unmatch", str(file))
+        return _printed(*git, "describe", "--always", "--dirty=+", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -31,9 +40,13 @@ def gpu_memory_in_use() -> int | None:
     device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", device]
     try:
-        return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) * 2**20
+        return int(_printed(*query)) * 2**20
     except (OSError, ValueError, subprocess.CalledProcessError):
         return None
+
+
+def _printed(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _cores() -> int:

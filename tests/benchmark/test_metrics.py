@@ -3,12 +3,10 @@
 import csv
 import math
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import segmentation_metrics
 import SimpleITK as sitk
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from hypothesis import given, settings
@@ -16,6 +14,10 @@ from hypothesis import strategies as st
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder2
 from scipy.ndimage import binary_erosion
 from workspace import Run
+
+from nnunetv2_selfreg import cli
+from nnunetv2_selfreg.benchmark.metrics import folder_metrics, mask_metrics
+from nnunetv2_selfreg.errors import UserError
 
 
 def by_all_pairs(prediction, reference, spacing) -> tuple[float, float]:
@@ -33,7 +35,7 @@ def test_distances_in_mm_equal_all_pairs(seed, shape):
     spacing = generator.uniform(0.5, 3, len(shape))
     prediction, reference = generator.random((2, *shape)) > generator.uniform(0.2, 0.9)
     prediction[(0, *[2] * (len(shape) - 1))] = reference[(0, *[4] * (len(shape) - 1))] = True
-    metrics = segmentation_metrics.mask_metrics(prediction, reference, spacing)
+    metrics = mask_metrics(prediction, reference, spacing)
     flat = (prediction[0], reference[0], spacing[1:]) if shape[0] == 1 else (prediction, reference, spacing)
     np.testing.assert_allclose([metrics["hd95_mm"], metrics["asd_mm"]], by_all_pairs(*flat), rtol=1e-5)
 
@@ -41,17 +43,17 @@ def test_distances_in_mm_equal_all_pairs(seed, shape):
 @pytest.mark.parametrize(("shape", "spacing"), [((3, 4), (2, 2)), ((1, 3, 4), (999, 2, 2))])
 def test_a_missed_structure_counts_with_the_diagonal_and_nothing_at_all_with_nan(shape, spacing):
     mask = np.zeros(shape, bool)
-    nothing = segmentation_metrics.mask_metrics(mask, mask, spacing)
+    nothing = mask_metrics(mask, mask, spacing)
     assert all(math.isnan(value) for value in nothing.values())
     one = mask.copy()
     one[..., 1, 1] = True
     for pair in ((mask, one), (one, mask)):
-        missed = segmentation_metrics.mask_metrics(*pair, spacing)
+        missed = mask_metrics(*pair, spacing)
         assert missed == {"dice": 0, "jaccard": 0, "hd95_mm": 10, "asd_mm": 10}
 
 
 @pytest.mark.parametrize("variant", ["labels", "regions", "regions_ignore"])
-def test_table_has_nnunets_own_dice(variant, data_sets, tmp_path, monkeypatch, capsys):
+def test_table_has_nnunets_own_dice(variant, data_sets, tmp_path, capsys):
     raw = Run(data_sets.name(variant), "3d_fullres", "nnUNetTrainer").raw
     predictions, references, description = tmp_path / "predictions", raw / "labelsTr", raw / "dataset.json"
     predictions.mkdir()
@@ -64,10 +66,9 @@ def test_table_has_nnunets_own_dice(variant, data_sets, tmp_path, monkeypatch, c
     cases = load_json(str(summary))["metric_per_case"]
     theirs = [metrics["Dice"] for case in cases for metrics in case["metrics"].values()]
 
-    table = tmp_path / "metrics.csv"
+    table = tmp_path / "new" / "metrics.csv"
     arguments = [str(references), str(predictions), "-djfile", str(description), "-o", str(table)]
-    monkeypatch.setattr(sys, "argv", ["segmentation_metrics.py", *arguments])
-    segmentation_metrics.main()
+    assert cli.main(["benchmark", "metrics", *arguments]) == 0
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     np.testing.assert_allclose([float(row["dice"]) for row in rows], theirs, rtol=1e-6)
@@ -77,5 +78,5 @@ def test_table_has_nnunets_own_dice(variant, data_sets, tmp_path, monkeypatch, c
 
 def test_prediction_without_reference_and_empty_folder_are_named(tmp_path):
     dataset_json = {"labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"}
-    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
-        next(segmentation_metrics.folder_metrics(tmp_path, tmp_path, dataset_json))
+    with pytest.raises(UserError, match=str(tmp_path)):
+        next(folder_metrics(tmp_path, tmp_path, dataset_json))

@@ -1,4 +1,4 @@
-"""What the scripts do with nnU-Net: run its commands, and derive a small configuration from a planned one."""
+"""nnU-Net's commands run from Python, and a small configuration derived from a planned one."""
 
 from __future__ import annotations
 
@@ -15,9 +15,19 @@ from typing import BinaryIO
 
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
 
+from nnunetv2_selfreg.errors import UserError
 from nnunetv2_selfreg.files import replacing
 
 POLL_SECONDS = 0.2
+# Without the current folder on the path, as in a script: a file in it may have the name of a module.
+ENTRY_POINT = """
+import sys
+sys.path = [folder for folder in sys.path if folder]
+from importlib.metadata import entry_points
+sys.argv = sys.argv[1:]
+(entry,) = entry_points(group="console_scripts", name=sys.argv[0])
+sys.exit(entry.load()())
+"""
 
 
 class ExitStatusError(RuntimeError):
@@ -53,13 +63,12 @@ def call(
     Raises:
         ExitStatusError: its status is not 0.
     """
-    program = str(Path(sys.executable).with_name(command[0]))
     variables = {**(os.environ if environment is None else environment), "PYTHONUNBUFFERED": "1"}
     with log.open("ab") as output, log.open("rb") as written:
         written.seek(0, os.SEEK_END)
         begin = written.tell()
         process = Popen(
-            [program, *command[1:]],
+            [*_program(command[0]), *command[1:]],
             env=variables,
             stdin=DEVNULL,
             stdout=output,
@@ -85,6 +94,13 @@ def call(
         message = f"{shlex.join(command)} failed with status {process.returncode}; the end of {log}:\n{end}"
         raise ExitStatusError(message, printed)
     return printed
+
+
+def _program(name: str) -> list[str]:
+    """How a command of this Python environment is started: by its script beside the interpreter, or by its entry point
+    where scripts lie elsewhere, as after `pip install --user`."""
+    script = Path(sys.executable).with_name(name)
+    return [str(script)] if script.is_file() else [sys.executable, "-c", ENTRY_POINT, name]
 
 
 @contextlib.contextmanager
@@ -122,7 +138,7 @@ def add_configuration(plans_file: Path, name: str, base: str, settings: dict, ar
     """Adds a configuration to plans: that of `base` with other settings and other arguments of its architecture.
 
     Raises:
-        ValueError: the plans have a configuration of that name with other content.
+        UserError: the plans have a configuration of that name with other content.
     """
     plans = load_json(str(plans_file))
     planned = plans["configurations"][base]["architecture"]
@@ -132,7 +148,7 @@ def add_configuration(plans_file: Path, name: str, base: str, settings: dict, ar
     if existing == configuration:
         return
     if existing is not None:
-        raise ValueError(f"{plans_file} has a configuration {name} with other content: rename or remove it there")
+        raise UserError(f"{plans_file} has a configuration {name} with other content: rename or remove it there")
     plans["configurations"][name] = configuration
     with replacing(plans_file) as part:
         save_json(plans, part, sort_keys=False)

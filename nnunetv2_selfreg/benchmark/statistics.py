@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from scipy.stats import bootstrap, wilcoxon
-from segmentation_metrics import METRICS
+
+from nnunetv2_selfreg.benchmark import METRICS
+from nnunetv2_selfreg.data.datasets import read_json
+from nnunetv2_selfreg.errors import UserError
 
 STOCK = "nnUNetTrainer"
 IN_PERCENT = ("dice", "jaccard")
@@ -21,20 +23,20 @@ def read_runs(folder: Path) -> tuple[pd.DataFrame, list[dict]]:
     their `folder`, also of runs that diverged.
 
     Raises:
-        FileNotFoundError: no run is finished.
+        UserError: no run is finished, or all failed.
     """
     tables, results = [], []
     for file in sorted(folder.glob("*/result.json")):
-        result = {"failure": None, **load_json(str(file)), "folder": file.parent}
+        result = {"failure": None, **read_json(file), "folder": file.parent}
         results.append(result)
         if result["failure"] is None:
             table = pd.read_csv(file.with_name("metrics.csv"))
             tables.append(table.assign(**{name: result[name] for name in ("trainer", "fold", "repetition")}))
     if not results:
-        raise FileNotFoundError(f"{folder} has no finished run (*/result.json)")
+        raise UserError(f"{folder} has no finished run (*/result.json)")
     if not tables:
         failures = "; ".join(f"{result['folder'].name}: {result['failure']}" for result in results)
-        raise FileNotFoundError(f"all runs of {folder} failed: {failures}")
+        raise UserError(f"all runs of {folder} failed: {failures}")
     cases = pd.concat(tables, ignore_index=True)
     cases[[*IN_PERCENT]] *= 100
     return cases, results
