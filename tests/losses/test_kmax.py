@@ -74,6 +74,17 @@ def test_sum_of_the_terms():
     assert float(total) == pytest.approx(20 + 0.5 * expected["query_distribution"])
 
 
+def test_each_layer_is_compared_with_the_labels_at_its_own_resolution():
+    """The finer layers too, whose labels are not those of the coarsest enlarged."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (2, 1, 8, 8), generator=generator)
+    shapes = ((2, 2), (2, 2), (4, 4))  # of the layers, then of the masks
+    assignments = [torch.randn(2, 3, *shape, generator=generator).log_softmax(1) for shape in shapes]
+    expected = [query_distribution_loss(a, class_shares(labels, a.shape[2:], 3)) for a in assignments]
+    found = KMaxLoss._query_distribution(assignments, labels)
+    torch.testing.assert_close(found, torch.stack(expected).mean())
+
+
 @pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
 def test_impossible_weight_is_an_error(weight):
     with pytest.raises(ValueError, match=f"query_weight is {weight}"):
