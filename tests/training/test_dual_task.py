@@ -293,7 +293,7 @@ def test_class_that_never_occurs_costs_nothing(run):
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "nnUNetTrainerMeanTeacher"])
-@pytest.mark.parametrize("label", [7, -1])
+@pytest.mark.parametrize("label", [3, 7, -1])
 def test_label_that_the_data_set_does_not_have_is_named_with_its_case(family, label, data_sets, results):
     trainer = start(Run(data_sets.name("labels"), "2d", family + LENGTH).build())
     batch = next(trainer.dataloader_train)
