@@ -48,10 +48,6 @@ class WithTeacher(SemiSupervised):
         if self.teacher.n_averaged == 0:  # the student may have been given pretrained weights since
             self.teacher.module.load_state_dict(unwrap(self.network).state_dict())
 
-    def on_train_epoch_start(self) -> None:
-        super().on_train_epoch_start()
-        self.teacher.train()
-
     @torch.no_grad()
     def teacher_probabilities(self, images: Tensor) -> Tensor:
         """What the teacher says of `images`, `(B, K, *spatial)` in at least single precision."""
