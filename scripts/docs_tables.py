@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
+from trials.variants import TRIALS
 
 from nnunetv2_selfreg.benchmark.report import (
     as_cost,
@@ -27,78 +28,45 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 MEAN_TEACHER = "nnUNetTrainerMeanTeacher"
 SELFREG = "nnUNetTrainerSelfReg"
 COPY_PASTE = "nnUNetTrainerCopyPaste"
-# What the trials are called in the docs, in the order of the table.
+
+
+def titles_of(prefix: str, *endings: str) -> dict[str, str]:
+    """What the trials of these names are called, by name."""
+    return {f"{prefix}{ending}": TRIALS[f"{prefix}{ending}"].title for ending in endings}
+
+
+# The rows of each page's table, in this order.
 SELFREG_TRIALS = {
     STOCK: "stock nnU-Net",
     SELFREG: "default: both terms, 0.015",
-    f"{SELFREG}Tenth": "both, 0.0015",
-    f"{SELFREG}Strong": "both, 0.1",
-    f"{SELFREG}ScrOnly": "SCR alone",
-    f"{SELFREG}IfdOnly": "IFD alone",
-    f"{SELFREG}PaperIFD": "paper's IFD (index order, one way)",
-    f"{SELFREG}Warm": "weights ramped up over 40 % of the steps",
-    f"{SELFREG}Unit": "every feature map divided by its root mean square",
-    f"{SELFREG}AllBlocks": "every convolution block, as released",
-    f"{SELFREG}IntoFinal": "SCR's gradient into the last stage too",
-    f"{SELFREG}StraightPort": "the straight port that the cost is compared with",
+    **titles_of(SELFREG, "Tenth", "Strong", "ScrOnly", "IfdOnly", "PaperIFD"),
+    **titles_of(SELFREG, "Warm", "Unit", "AllBlocks", "IntoFinal", "StraightPort"),
 }
 MEAN_TEACHER_TRIALS = {
     STOCK: "stock nnU-Net",
-    f"{MEAN_TEACHER}Weight0": "weight 0: the average alone",
+    **titles_of(MEAN_TEACHER, "Weight0"),
     MEAN_TEACHER: "weight 0.1: published, the default",
-    f"{MEAN_TEACHER}Weight1": "weight 1",
-    f"{MEAN_TEACHER}Weight10": "weight 10",
-    f"{MEAN_TEACHER}Weight100": "weight 100",
-    f"{MEAN_TEACHER}Weight1000": "weight 1000",
-    f"{MEAN_TEACHER}NoRamp": "weight 10, no ramp",
-    f"{MEAN_TEACHER}LongRamp": "weight 100, ramp to the end, as published",
-    f"{MEAN_TEACHER}OneView": "weight 10, the student sees the teacher's view, as published",
-    f"{MEAN_TEACHER}Slow": "weight 100, decay 0.999",
-    f"{MEAN_TEACHER}Double": "weight 100, twice as many unlabelled samples",
+    **titles_of(MEAN_TEACHER, "Weight1", "Weight10", "Weight100", "Weight1000"),
+    **titles_of(MEAN_TEACHER, "NoRamp", "LongRamp", "OneView", "Slow", "Double"),
 }
 COPY_PASTE_TRIALS = {
     STOCK: "stock nnU-Net",
-    "nnUNetTrainerTriple": "stock with as many samples a step",
+    **titles_of(STOCK, "Triple"),
     MEAN_TEACHER: "mean teacher",
     COPY_PASTE: "copy-paste, the default",
-    f"{COPY_PASTE}SmallBox": "box of a third of each side",
-    f"{COPY_PASTE}HalfBox": "box of half of each side",
-    f"{COPY_PASTE}LargeBox": "box of five sixths of each side",
-    f"{COPY_PASTE}Unlabeled0": "unlabelled part without weight",
-    f"{COPY_PASTE}Unlabeled1": "unlabelled part with weight 1",
-    f"{COPY_PASTE}Mixture1": "mixtures with weight 1",
-    f"{COPY_PASTE}MixturesOnly": "mixtures alone, with weight 1: two thirds of the samples a step",
-    f"{COPY_PASTE}NoWarmUp": "no warm-up",
-    f"{COPY_PASTE}LongWarmUp": "warm-up of 40 %, ramp until 70 %",
-    f"{COPY_PASTE}LabeledOnly": "warm-up to the end: labelled samples alone",
-    f"{COPY_PASTE}Unmixed": "labelled samples alone, repeated instead of mixed",
-    f"{COPY_PASTE}NoRamp": "no ramp, as published",
-    f"{COPY_PASTE}NoTeacher": "no teacher: the network labels, and predicts",
-    f"{COPY_PASTE}OwnLabels": "the network labels, its average predicts",
-    f"{COPY_PASTE}Largest": "largest component, as published",
-    f"{COPY_PASTE}OneView": "the teacher reads the strong view, as published",
-    f"{COPY_PASTE}WeakViews": "unlabelled parts of weak views",
+    **titles_of(COPY_PASTE, "SmallBox", "HalfBox", "LargeBox"),
+    **titles_of(COPY_PASTE, "Unlabeled0", "Unlabeled1", "Mixture1", "MixturesOnly"),
+    **titles_of(COPY_PASTE, "NoWarmUp", "LongWarmUp", "LabeledOnly", "Unmixed", "NoRamp"),
+    **titles_of(COPY_PASTE, "NoTeacher", "Largest", "OneView"),
 }
 NETWORKS = {
     STOCK: "stock nnU-Net",
-    "nnUNetTrainerAdamW": "stock network: AdamW, 5e-4",
-    "nnUNetTrainerUXNetNarrow": "UX-Net: AdamW, 5e-4 (the default)",
-    "nnUNetTrainerUXNetNarrowFast": "UX-Net: AdamW, 2e-3",
-    "nnUNetTrainerUXNetNarrowSlow": "UX-Net: AdamW, 1e-4, as published",
-    "nnUNetTrainerUXNetNarrowSGD": "UX-Net: nnU-Net's SGD, 1e-2",
-    "nnUNetTrainerSelfRegUXNetNarrow": "UX-Net with SelfReg",
-    "nnUNetTrainerKMaxUXNetNarrow": "k-means UX-Net: AdamW, 5e-4 (the default)",
-    "nnUNetTrainerKMaxUXNetNarrowSGD": "k-means UX-Net: nnU-Net's SGD, 1e-2",
-    "nnUNetTrainerSwinUNETRNarrow": "SwinUNETR: AdamW, 5e-4 (the default)",
-    "nnUNetTrainerSwinUNETRNarrowSGD": "SwinUNETR: nnU-Net's SGD, 1e-2",
-    "nnUNetTrainerSelfRegSwinUNETRNarrow": "SwinUNETR with SelfReg",
+    **titles_of(STOCK, "AdamW"),
+    **titles_of(STOCK, "UXNetNarrow", "UXNetNarrowFast", "UXNetNarrowSlow", "UXNetNarrowSGD", "SelfRegUXNetNarrow"),
+    **titles_of(STOCK, "KMaxUXNetNarrow", "KMaxUXNetNarrowSGD"),
+    **titles_of(STOCK, "SwinUNETRNarrow", "SwinUNETRNarrowSGD", "SelfRegSwinUNETRNarrow"),
 }
 COPY_PASTE_PAIR = COPY_PASTE, "nnUNetTrainerTriple"
-TRIALS = {  # all of them, since they are no rows of results.md
-    name
-    for file in (Path(__file__).parent / "trials").glob("*.py")
-    for name in re.findall(r"^class (nnUNetTrainer\w+)", file.read_text(), re.MULTILINE)
-}
 MEASURED_TRAINERS = (STOCK, SELFREG, MEAN_TEACHER, COPY_PASTE)
 MEASURED = {
     "hippocampus-2d-cpu": "hippocampus in 2D, 5,000 steps",
@@ -134,9 +102,9 @@ def overall_dice(cases: pd.DataFrame) -> pd.DataFrame:
 
 
 def of_protocol(name: str) -> str:
-    """The report's tables without its rows of variants."""
+    """The report's tables without its rows of trials."""
     cases, results = read_runs(DOCS / "results" / name)
-    cases = cases[~cases["trainer"].isin(TRIALS)]
+    cases = cases[~cases["trainer"].isin([*TRIALS])]
     results = [result for result in results if result["trainer"] not in TRIALS]
     tables = [summary_table(cases), difference_table(difference_rows(cases)), cost_table(results)]
     return "\n\n".join(map(without_notes, tables))

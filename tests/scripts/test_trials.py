@@ -1,4 +1,4 @@
-"""Each variant of scripts/trials trains a step with the weights that it is named for."""
+"""Each trial is its base with what the table says, and trains a step with the weights that it is named for."""
 
 import os
 from pathlib import Path
@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from trials import variants
+from trials.variants import TRIALS
 from workspace import Run
 
-from nnunetv2_selfreg.data.foreground import as_list
+from nnunetv2_selfreg.data.batch import Batch
 from nnunetv2_selfreg.networks.features import FeatureTaps
 
 FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "trials"
@@ -40,35 +43,7 @@ CONSISTENCY_WEIGHTS = {
 }
 
 
-COPY_PASTE = {
-    "SmallBox": {"box_ratio": 1 / 3},
-    "HalfBox": {"box_ratio": 1 / 2},
-    "LargeBox": {"box_ratio": 5 / 6},
-    "Unlabeled0": {"unlabeled_weight": 0},
-    "Unlabeled1": {"unlabeled_weight": 1},
-    "Mixture1": {"mixture_weight": 1},
-    "NoWarmUp": {"warm_up": 0},
-    "LongWarmUp": {"warm_up": 0.4, "ramp_up_length": 0.7},
-    "LabeledOnly": {"warm_up": 1},
-    "Unmixed": {"warm_up": 1},
-    "NoRamp": {"ramp_up_length": 1e-6},
-    "NoTeacher": {"ema_decay": 0},
-    "OwnLabels": {},
-    "Largest": {"largest_component": True},
-    "OneView": {},
-    "WeakViews": {},
-    "MixturesOnly": {"mixture_weight": 1},
-}
-DEFAULTS = {
-    "box_ratio": 2 / 3,
-    "unlabeled_weight": 0.5,
-    "mixture_weight": 0.5,
-    "warm_up": 0.1,
-    "ramp_up_length": 0.4,
-    "ema_decay": 0.99,
-    "largest_component": False,
-}
-
+COPY_PASTE = [name for name in TRIALS if name.startswith("nnUNetTrainerCopyPaste")]
 NETWORKS = {
     "AdamW": ("AdamW", 5e-4),
     "UXNetNarrow": ("AdamW", 5e-4),
@@ -84,18 +59,51 @@ NETWORKS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def trials_are_searched(monkeypatch):
+    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([os.environ["nnUNet_extTrainer"], str(FOLDER)]))
+
+
 @pytest.fixture
 def started(data_sets, tmp_path, monkeypatch):
-    """A variant of a trainer, built by nnU-Net and ready for its first step."""
+    """A trainer, built by nnU-Net and ready for its first step."""
 
     def start(name: str):
         monkeypatch.setenv("nnUNet_results", str(tmp_path))
-        monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([os.environ["nnUNet_extTrainer"], str(FOLDER)]))
         trainer = Run(data_sets.name("labels"), "2d", name).build()
         trainer.on_train_start()
         return trainer
 
     return start
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_trial_differs_from_its_base_in_what_the_table_says_and_in_nothing_else(name):
+    trial, trainer = TRIALS[name], getattr(variants, name)
+    *mixins, base = trainer.__bases__
+    assert (trainer.__name__, base.__name__, (*mixins,)) == (name, trial.base, trial.mixins)
+    assert {key: value for key, value in vars(trainer).items() if not key.startswith("__")} == trial.attributes
+    before = {key: getattr(base, key) for key in trial.attributes}  # so none is misspelt
+    assert all(before[key] != value for key, value in trial.attributes.items())
+    assert trial.attributes or trial.mixins
+    assert recursive_find_trainer_class_by_name(name).__name__ == name
+
+
+def test_titles_tell_trials_apart():
+    assert len({trial.title for trial in TRIALS.values()}) == len(TRIALS)
+
+
+def test_trial_takes_a_training_length(started):
+    trainer = started("nnUNetTrainerMeanTeacherNoRamp_25epochs_200iters")  # a trial of a trial
+    assert (trainer.num_epochs, trainer.num_iterations_per_epoch) == (25, 200)
+    assert (trainer.consistency_weight, trainer.ramp_up_length) == (10, 1e-9)
+
+
+def test_name_that_the_table_has_not_is_no_trial():
+    with pytest.raises(AttributeError, match="nnUNetTrainerCopyPasteNoBox is not in the table of trials"):
+        variants.nnUNetTrainerCopyPasteNoBox  # noqa: B018
+    with pytest.raises(RuntimeError, match="Could not find requested nnunet trainer nnUNetTrainerCopyPasteNoBox"):
+        recursive_find_trainer_class_by_name("nnUNetTrainerCopyPasteNoBox")
 
 
 @pytest.mark.parametrize("variant", LAMBDAS)
@@ -168,19 +176,20 @@ def test_variant_of_mean_teacher(variant, started):
     trainer.current_epoch = trainer.num_epochs // 5
     trainer.on_train_epoch_start()
     batch = next(trainer.dataloader_train)
-    expected = batch["data_weak"] if variant == "OneView" else batch["data"][-len(batch["data_weak"]) :].clone()
+    seen, network = [], trainer.network.forward
+    trainer.network.forward = lambda images: seen.append(images) or network(images)
     outputs = trainer.train_step(batch)
     assert outputs["consistency_weight"] == pytest.approx(CONSISTENCY_WEIGHTS[variant], rel=1e-4)
     assert trainer.ema_decay == (0.999 if variant == "Slow" else 0.99)
     labeled = len(batch["data"]) - len(batch["data_weak"])
     assert len(batch["data_weak"]) == labeled * (2 if variant == "Double" else 1)
-    assert torch.equal(batch["data"][-len(batch["data_weak"]) :], expected)
+    unlabeled = batch["data_weak"] if variant == "OneView" else batch["data"][labeled:]
+    assert torch.equal(seen[0], torch.cat((batch["data"][:labeled], unlabeled)))
 
 
-@pytest.mark.parametrize("variant", COPY_PASTE)
-def test_variant_of_copy_paste(variant, started):
-    trainer = started(f"nnUNetTrainerCopyPaste{variant}")
-    assert {name: getattr(trainer, name) for name in DEFAULTS} == {**DEFAULTS, **COPY_PASTE[variant]}
+@pytest.mark.parametrize("name", COPY_PASTE)
+def test_variant_of_copy_paste(name, started):
+    variant, trainer = name.removeprefix("nnUNetTrainerCopyPaste"), started(name)
     trainer.current_epoch = trainer.num_epochs // 2
     trainer.on_train_epoch_start()
     batch = next(trainer.dataloader_train)
@@ -192,48 +201,32 @@ def test_variant_of_copy_paste(variant, started):
     trainer.network.forward = lambda images: seen.append(images) or network(images)
     outputs = trainer.train_step(batch)
     assert outputs["loss"] == pytest.approx(
-        outputs["segmentation"]
+        outputs.get("segmentation", 0)
         + trainer.mixture_weight
         * (outputs["labeled_part"] + outputs["unlabeled_part_weight"] * outputs["unlabeled_part"]),
         rel=1e-4,
     )
-    student = seen[-1]
-    if trainer.warm_up == 1:
+    (student,) = seen
+    assert len(student) == (2 * count if variant == "MixturesOnly" else len(batch["data"]) + count)
+    assert ("segmentation" in outputs) == (variant != "MixturesOnly")
+    if trainer.mixture_warm_up == 1:
         assert not asked
-        made = trainer.student_batch(batch)
-        labeled = len(batch["data"]) - count
-        index = torch.cat((torch.arange(count), torch.arange(count) + 1)) % labeled
-        again = torch.equal(made["data"][-2 * count :], batch["data"][index])
-        same_targets = map(torch.equal, made["mixed_target"], [scale[index] for scale in as_list(batch["target"])])
-        assert {again, *same_targets} == {variant == "Unmixed"}
         return
     assert torch.equal(asked[0], strong if variant == "OneView" else weak)
-    pasted = weak if variant == "WeakViews" else strong
     inward = student[-2 * count : -count]  # the middle of a patch is in every box of two thirds
     middle = tuple(length // 2 for length in student.shape[2:])
     if trainer.box_ratio > 1 / 2:
-        assert torch.equal(inward[(..., *middle)], pasted[(..., *middle)])
-    assert len(student) == (2 * count if variant == "MixturesOnly" else len(batch["data"]) + count)
-    assert (outputs["segmentation"] == 0) == (variant == "MixturesOnly")
+        assert torch.equal(inward[(..., *middle)], strong[(..., *middle)])
 
 
-def test_labels_of_the_network_itself_or_of_its_average(started):
-    labels = {}
-    for variant in ("", "OwnLabels"):
-        trainer = started(f"nnUNetTrainerCopyPaste{variant}")
-        for parameter in trainer.network.parameters():
-            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
-        for parameter in trainer.teacher.module.parameters():
-            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(2))
-        batch = labels.setdefault("batch", next(trainer.dataloader_train))
-        with torch.no_grad():
-            outputs = [
-                part(batch["data_weak"])[0].argmax(1, keepdim=True)
-                for part in (trainer.teacher.module, trainer.network)
-            ]
-        labels[variant] = trainer.pseudo_labels(batch["data_weak"], batch["target"])[0]
-        assert not torch.equal(*outputs)
-        assert torch.equal(labels[variant], outputs[variant == "OwnLabels"].to(labels[variant].dtype))
+@pytest.mark.parametrize("variant", ["LabeledOnly", "Unmixed"])
+def test_labelled_samples_are_mixed_or_repeated(variant, started):
+    trainer = started(f"nnUNetTrainerCopyPaste{variant}")
+    batch = Batch.split(next(trainer.dataloader_train))
+    index = torch.cat((torch.arange(len(batch.strong)), torch.arange(len(batch.strong)) + 1)) % len(batch.labeled)
+    made = trainer.mixtures(batch)
+    again = map(torch.equal, [made.images, *made.target], [each[index] for each in (batch.labeled, *batch.target)])
+    assert {*again} == {variant == "Unmixed"}
 
 
 @pytest.mark.parametrize("variant", NETWORKS)
