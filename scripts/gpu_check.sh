@@ -43,7 +43,7 @@ stage() { # name, limit in seconds, command: what fails or takes too long is not
 steps() { # compile t or f, patch, limit, trainers
     local compile=$1 patch=$2 limit=$3 name=steps-${2//,/x}-$([ "$1" = t ] && echo compiled || echo eager)-${@: -1}
     shift 3
-    nnUNet_compile=$compile stage "$name" "$limit" python step_time.py 997 "3d_${patch//,/x}" -f 5 -device "$DEVICE" \
+    nnUNet_compile=$compile stage "$name" "$limit" python measure/step_time.py 997 "3d_${patch//,/x}" -f 5 -device "$DEVICE" \
         -b 4 --rounds "$ROUNDS" --without-loading -o "$OUT/$name.json" -tr "$@"
     grep '^|' "$OUT/$name.log"
 }

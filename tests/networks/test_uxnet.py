@@ -3,8 +3,8 @@ import itertools
 
 import pytest
 import torch
+from monai_uxnet import Assembled
 from network_memory import peak_memory
-from uxnet_time import Assembled
 
 from nnunetv2_selfreg.networks.features import FeatureTaps
 from nnunetv2_selfreg.networks.uxnet import UXBlock, UXNet

@@ -1,6 +1,6 @@
 """How long the steps of a training wait for the processes that load its batches.
 
-    python scripts/loading_wait.py 4 3d_fullres -f 5 -tr nnUNetTrainer nnUNetTrainerDualTask --workers 2 -device cpu
+    python scripts/measure/loading_wait.py 4 3d_fullres -f 5 -tr nnUNetTrainer nnUNetTrainerDualTask -device cpu
 
 For each trainer: the median time of a step, and the median and the longest time in which its next batch was waited for,
 once the loading processes have filled their queue. A batch is the trainer's own: a semi-supervised one has unlabelled

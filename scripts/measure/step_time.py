@@ -1,7 +1,7 @@
 """Time and memory of a training step, stock nnU-Net and others in turn, in one process, on real batches.
 
-    python scripts/step_time.py 4 3d_fullres -tr nnUNetTrainer nnUNetTrainerSelfReg -device cpu
-    python scripts/step_time.py 2 3d_fullres -f 5 -b 4 -tr nnUNetTrainer nnUNetTrainerMeanTeacher -device cpu
+    python scripts/measure/step_time.py 4 3d_fullres -tr nnUNetTrainer nnUNetTrainerSelfReg -device cpu
+    python scripts/measure/step_time.py 2 3d_fullres -f 5 -b 4 -tr nnUNetTrainer nnUNetTrainerMeanTeacher -device cpu
 
 Each round takes one labelled batch of the data set and gives it to every trainer, the first one being the reference; a
 semi-supervised trainer takes part of it as unlabelled samples, so that the networks see as many: half of it, or of 6

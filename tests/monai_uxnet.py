@@ -1,22 +1,9 @@
-"""A training step of `nnUNetTrainerUXNet` against the same network assembled from MONAI's UNETR blocks.
-
-    python scripts/uxnet_time.py 4 3d_fullres -device cpu
-
-Both trainers take the same batches in turn, neither compiled; reported are medians and the quartiles of the ratio. The
-assembly is 3D UX-Net as its authors put it together: a trunk of large kernels, `UnetrBasicBlock` on its stages,
-`UnetrUpBlock` as decoder, here with the plan's strides, and with the heads of deep supervision.
-"""
+"""3D UX-Net as its authors put it together, of MONAI's UNETR blocks: what ours must compute too."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import tempfile
-
 import torch
-from build_trainer import add_plan, build
 from monai.networks.blocks import UnetrBasicBlock, UnetrUpBlock
-from step_time import measure, print_table, summary
 from torch import Tensor, nn
 
 from nnunetv2_selfreg.networks.uxnet import UXNet
@@ -56,22 +43,11 @@ class PublishedNorm(nn.Module):
 
 
 class Assembled(nn.Module):
-    """3D UX-Net of MONAI's blocks, with the weights of one of ours.
-
-    Args:
-        network: whose strides, widths and weights it gets; 3D, kernels of 3 on every axis.
-
-    Raises:
-        ValueError: the network is another one.
-    """
+    """A trunk of large kernels, `UnetrBasicBlock` on its stages, `UnetrUpBlock` as decoder; with the strides, widths,
+    weights and heads of deep supervision of one of our networks, which is 3D with kernels of 3 on every axis."""
 
     def __init__(self, network: UXNet) -> None:
         super().__init__()
-        if type(network) is not UXNet or {*network.encoder.kernel_sizes} != {(3, 3, 3)}:
-            raise ValueError(
-                "only a 3D UX-Net with kernels of 3 on every axis can be assembled of MONAI's blocks: take another "
-                "configuration, or nnUNetTrainerUXNet"
-            )
         encoder, decoder = network.encoder, network.decoder
         strides, outputs = encoder.strides, encoder.output_channels
         widths = outputs[:-1]
@@ -137,34 +113,3 @@ def _all(modules) -> list[nn.Parameter]:
 def _fill(parameters: list[nn.Parameter], values: list[nn.Parameter]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value.reshape(parameter.shape))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_plan(parser)
-    parser.add_argument("-tr", default="nnUNetTrainerUXNet", metavar="TRAINER", help="or a subclass of other widths")
-    parser.add_argument("--rounds", type=int, default=15, help="after two that are not counted")
-    arguments = parser.parse_args()
-    if arguments.rounds < 2:
-        parser.error("--rounds must be at least 2, for quartiles")
-    torch.set_flush_denormal(True)
-    torch.backends.cudnn.benchmark = True
-    os.environ.update(nnUNet_n_proc_DA="0", nnUNet_compile="f")  # nnU-Net would compile one of the two
-    with tempfile.TemporaryDirectory() as results:
-        os.environ["nnUNet_results"] = results
-        ours, assembled = build(arguments.tr, arguments), build(arguments.tr, arguments)
-        try:
-            assembled.network = Assembled(assembled.network).to(assembled.device)
-        except ValueError as error:
-            parser.error(str(error))
-        assembled.optimizer, _ = assembled.configure_optimizers()
-        loader, _ = ours.get_dataloaders()
-        print_table(
-            summary(
-                *measure({"assembled of MONAI's blocks": assembled, arguments.tr: ours}, loader, arguments.rounds), {}
-            )
-        )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """How much a weighted term of a semi-supervised trainer's loss moves the network, beside the rest of the loss.
 
-    python scripts/gradient_share.py 4 2d_small -f 5 -tr nnUNetTrainerMeanTeacher_25epochs_200iters \\
+    python scripts/measure/gradient_share.py 4 2d_small -f 5 -tr nnUNetTrainerMeanTeacher_25epochs_200iters \\
         --checkpoint checkpoint_final.pth --weight consistency_weight -device cpu
 
 Takes the gradient of the loss on real batches, with the weight (an attribute of the trainer) and with 0 in its place,

@@ -19,7 +19,7 @@ def test_table_of_stock_ours_and_the_straight_port(data_sets, tmp_path, monkeypa
     output = tmp_path / "table.json"
     arguments = [data_sets.name("labels"), "3d_fullres", "-tr", *trainers, "-device", "cpu", "--rounds", "3", "-b", "4"]
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "untouched"))
-    trials = Path(step_time.__file__).parent / "trials"
+    trials = Path(step_time.__file__).parents[1] / "trials"
     monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([os.environ["nnUNet_extTrainer"], str(trials)]))
     monkeypatch.setattr(sys, "argv", ["step_time.py", *arguments, "-o", str(output)])
     step_time.main()

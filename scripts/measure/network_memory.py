@@ -1,6 +1,6 @@
 """Peak memory of a training step of each network at any patch size, without a machine that could train it.
 
-    python scripts/network_memory.py --patch 128 128 128 --batch 2
+    python scripts/measure/network_memory.py --patch 128 128 128 --batch 2
 
 The step (forward pass, nnU-Net's Dice and cross-entropy or the k-means decoder's loss, backward pass, in single
 precision) runs on tensors that have shapes and no values; counted are weights, gradients and activations, each
