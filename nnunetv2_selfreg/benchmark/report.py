@@ -136,9 +136,8 @@ def cost_table(results: list[dict]) -> list[str]:
     costs = pd.DataFrame([{name: result[name] for name in about} | costs_of(result) for result in results])
     lines = [
         "Medians over runs. A step is an epoch's time by its training steps, so its share of the online validation is "
-        "in it (scripts/measure/step_time.py of the repository compares steps alone); a prediction is one with mirroring. A "
-        "trainer has learned "
-        f"in the first epoch with a pseudo Dice of {LEARNED} in every class.",
+        "in it (scripts/measure/step_time.py of the repository compares steps alone); a prediction is one with "
+        f"mirroring. A trainer has learned in the first epoch with a pseudo Dice of {LEARNED} in every class.",
         "",
     ]
     lines += table_head(*costs.columns)
