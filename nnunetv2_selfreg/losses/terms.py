@@ -24,6 +24,7 @@ class Terms(dict[str, Tensor | float]):
         A loss may be a term of another one, under whose name the inner one's own term is known: that, which is noted
         first, stays.
 
+        >>> import torch
         >>> terms = Terms()
         >>> terms.total({"segmentation": (1.0, torch.tensor(2.0)), "consistency": (0.1, torch.tensor(5.0))})
         tensor(2.5000)
