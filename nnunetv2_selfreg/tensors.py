@@ -98,9 +98,21 @@ def cut(output: Any, first: int) -> tuple[Any, Any]:
             network's named tuple.
         first: how many samples are the first.
 
+    Raises:
+        TypeError: there is something else in the structure, which could not be cut.
+
     >>> cut([torch.tensor([1, 2, 3])], 2)
     ([tensor([1, 2])], [tensor([3])])
     """
+    parts: list[Any] = [output]
+    for part in parts:  # grows by what is in it
+        if isinstance(part, (list, tuple, dict)):
+            parts.extend(part.values() if isinstance(part, dict) else part)
+        elif not isinstance(part, Tensor):
+            raise TypeError(
+                f"a network's output has a {type(part).__name__}; it can only be cut into samples if it is "
+                "made of tensors in lists, tuples, named tuples and dictionaries"
+            )
     return map_tensors(lambda tensor: tensor[:first], output), map_tensors(lambda tensor: tensor[first:], output)
 
 
@@ -110,5 +122,5 @@ def as_list(scales: Tensor | Sequence[Any]) -> Sequence[Any]:
 
 
 def at_full_resolution(scales: Tensor | Sequence[Any]) -> Tensor:
-    """The first of them; of a k-means network's output the segmentation."""
+    """What there is at full resolution: the first of the scales; of a k-means network's output the segmentation."""
     return as_list(scales)[0]

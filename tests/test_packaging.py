@@ -199,6 +199,7 @@ def test_wheel_and_source_distribution_carry_the_protocols(wheel, tmp_path):
         assert protocols <= {name.partition("/")[2] for name in archive.getnames()}
 
 
+@pytest.mark.matrix
 @REGULAR
 def test_benchmark_of_an_installed_package_in_any_folder(environment, data_sets, tmp_path):
     """A job as it was printed, then the report of the folder that it was told to use."""

@@ -59,7 +59,9 @@ def _add_run(subcommands: argparse._SubParsersAction) -> None:
     parser.add_argument("protocol", nargs="?", metavar="PROTOCOL", help=", ".join(protocols.names()))
     parser.add_argument("--protocol", type=Path, metavar="FILE", dest="protocol_file", help="one of your own, as JSON")
     parser.add_argument("-o", type=Path, required=True, metavar="FOLDER", help="of all runs")
-    parser.add_argument("-tr", nargs="+", default=["nnUNetTrainer"], metavar="TRAINER")
+    parser.add_argument(
+        "-tr", nargs="+", default=["nnUNetTrainer"], metavar="TRAINER", help="default: nnUNetTrainer, to compare with"
+    )
     parser.add_argument("-f", type=int, nargs="+", metavar="FOLD", help="default: the protocol's, or 0")
     parser.add_argument("--scale", help="of the protocol: cpu (default), full; some have more")
     parser.add_argument("--repetitions", type=_positive, default=1, metavar="N")
@@ -68,7 +70,7 @@ def _add_run(subcommands: argparse._SubParsersAction) -> None:
     parser.add_argument("--jobs", action="store_true", help="print a command for each unfinished run instead")
     free = parser.add_argument_group("without a protocol (-d also replaces a protocol's data set)")
     free.add_argument("-d", metavar="DATASET", help="data set: number or name")
-    free.add_argument("-c", metavar="CONFIGURATION")
+    free.add_argument("-c", metavar="CONFIGURATION", help="as 2d or 3d_fullres")
     free.add_argument("-p", metavar="PLANS", help="default: nnUNetPlans")
     free.add_argument("--epochs", type=_positive, metavar="N", help="default: 1000")
     free.add_argument("--iterations", type=_positive, metavar="N", help="of an epoch, default: 250")
@@ -82,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _add_report(subcommands: argparse._SubParsersAction) -> None:
     parser = _add_parser(subcommands, "report", "tables and figures of the finished runs", REPORT)
-    parser.add_argument("runs", type=Path, metavar="RUNS", help="a protocol's folder in that of all runs")
+    parser.add_argument("runs", type=Path, metavar="RUNS", help="the folder of all runs, or a protocol's in it")
     parser.add_argument("-o", type=Path, required=True, metavar="FOLDER", help="of the report")
     parser.set_defaults(run=report)
 
@@ -114,10 +116,9 @@ def _add_parser(commands: argparse._SubParsersAction, name: str, summary: str, t
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1")
+    return int(text)
 
 
 def _module(name: str) -> ModuleType:

@@ -14,6 +14,7 @@ from subprocess import DEVNULL, STDOUT, Popen
 from typing import BinaryIO
 
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_selfreg.errors import UserError
 from nnunetv2_selfreg.files import replacing
@@ -141,7 +142,7 @@ def add_configuration(plans_file: Path, name: str, base: str, settings: dict, ar
         UserError: the plans have a configuration of that name with other content.
     """
     plans = load_json(str(plans_file))
-    planned = plans["configurations"][base]["architecture"]
+    planned = PlansManager(plans).get_configuration(base).configuration["architecture"]  # it may inherit it
     merged = {**planned, "arch_kwargs": {**planned["arch_kwargs"], **architecture}}
     configuration = {"inherits_from": base, **settings, "architecture": merged}
     existing = plans["configurations"].get(name)

@@ -76,6 +76,8 @@ def draw_contours(cases: pd.DataFrame, results: list[dict], folder: Path) -> lis
     """The best, the median and the worst case by the mean Dice over all runs, as a first run of each trainer predicts
     them. Returns the trainers whose contours cannot be drawn, because predictions or images are not there."""
     ranking = cases.groupby("case")["dice"].mean().dropna().sort_values().index
+    if ranking.empty:  # no case has any class
+        return []
     chosen = {"best": ranking[-1], "median": ranking[len(ranking) // 2], "worst": ranking[0]}
     raw = Path(os.environ.get("nnUNet_raw", ""), results[0].get("dataset", ""))
     missing = []
@@ -94,7 +96,7 @@ def _case_to_draw(which: str, case: str, cases: pd.DataFrame, results: list[dict
     """A case of the raw data set as the first of the runs that has it predicts it.
 
     Raises:
-        FileNotFoundError: none of them has it, or there is no such data set.
+        FileNotFoundError: none of them has it, or the data set, or that case of it, is not there.
     """
     description = load_json(str(raw / "dataset.json"))
     name = case + description["file_ending"]
@@ -102,7 +104,9 @@ def _case_to_draw(which: str, case: str, cases: pd.DataFrame, results: list[dict
     predicted = next(filter(Path.is_file, predictions), None)
     if predicted is None:
         raise FileNotFoundError(name)
-    files = get_filenames_of_train_images_and_targets(str(raw), description)[case]
+    files = get_filenames_of_train_images_and_targets(str(raw), description).get(case)
+    if files is None:
+        raise FileNotFoundError(case)
     reader = determine_reader_writer_from_dataset_json(description, files["images"][0], verbose=False)()
     image, properties = reader.read_images(files["images"][:1])
     reference, prediction = (reader.read_seg(str(file))[0][0] for file in (files["label"], predicted))

@@ -60,17 +60,20 @@ def folder_metrics(predictions: Path, references: Path, dataset_json: dict) -> I
     ending = dataset_json["file_ending"]
     files = sorted(predictions.glob(f"*{ending}"))
     if not files:
-        raise UserError(f"{predictions} has no {ending} file")
+        raise UserError(f"{predictions} has no {ending} file. Give a folder of predicted segmentations.")
     reader = determine_reader_writer_from_dataset_json(dataset_json, str(files[0]), verbose=False)()
     classes = {name: label for name, label in dataset_json["labels"].items() if name not in ("background", "ignore")}
     ignored = dataset_json["labels"].get("ignore")
     for file in tqdm(files, desc=predictions.parent.name, disable=None):
         if not (references / file.name).is_file():
-            raise UserError(f"{file} has no reference {references / file.name}")
+            raise UserError(
+                f"{file} has no reference {references / file.name}. Give the folder of the references first."
+            )
         prediction, _ = reader.read_seg(str(file))
         reference, properties = reader.read_seg(str(references / file.name))
         if prediction.shape != reference.shape:
-            raise UserError(f"{file} has the shape {prediction.shape[1:]}, its reference {reference.shape[1:]}")
+            shapes = f"{prediction.shape[1:]}, its reference {reference.shape[1:]}"
+            raise UserError(f"{file} has the shape {shapes}. Compare segmentations of the same images.")
         prediction[reference == ignored] = 0
         for name, label in classes.items():
             masks = (region_or_label_to_mask(segmentation[0], label) for segmentation in (prediction, reference))
@@ -91,6 +94,8 @@ def write_metrics(references: Path, predictions: Sequence[Path], description: Pa
         UserError: as `folder_metrics`, or `description` is not JSON.
     """
     dataset_json = read_json(description)
+    if lacking := [name for name in ("file_ending", "labels") if name not in dataset_json]:
+        raise UserError(f"{description} has no {' and no '.join(lacking)}. Give the data set's dataset.json.")
     table.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for folder in predictions:

@@ -24,6 +24,8 @@ from nnunetv2_selfreg.files import replacing
 
 DEFAULT_PLANS = "nnUNetPlans"
 REQUIRED = ("dataset", "plans", "configuration", "epochs", "iterations")
+OF_CASES = ("folds", "split")  # of which a protocol has one
+DEVICES = ("cpu", "cuda")
 OF_A_SPLIT = ("labeled", "val", "seed", "in_order")
 AS_JSON = {str: "a string", int: "a whole number from 1", list: "a list in brackets", dict: "an object in braces"}
 
@@ -122,7 +124,9 @@ class Protocol:
             nnunet("nnUNetv2_plan_experiment", *spacing, "-overwrite_plans_name", self.plans)
         base = self.base or self.configuration
         if base not in (configurations := read_json(plans)["configurations"]):
-            raise UserError(f"{plans} has no configuration {base}; it has {', '.join(configurations)}")
+            raise UserError(
+                f"{plans} has no configuration {base}; it has {', '.join(configurations)}. Name one of these."
+            )
         if self.base:
             add_configuration(plans, self.configuration, self.base, self.settings, self.architecture)
         self._preprocess(base, nnunet)
@@ -223,12 +227,14 @@ def _content(file: Path) -> dict:
         inherited = _content(_file_of(content.pop("inherits_from")))
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
-    return {**inherited, **content, "scales": {**inherited["scales"], **scales}}
+    if content.keys() & OF_CASES:  # in the place of the other's
+        inherited = {name: value for name, value in inherited.items() if name not in OF_CASES}
+    return {**inherited, **content, "scales": {**inherited.get("scales", {}), **scales}}
 
 
 def _of_scale(scales: dict[str, dict], name: str, file: Path) -> dict:
     """What a scale says, and what it inherits from another one."""
-    if name not in scales:
+    if not isinstance(name, str) or name not in scales:
         raise UserError(f"{file} has no scale {name}; it has {', '.join(scales)}. Name one of these.")
     others = {**scales}
     own = {**others.pop(name)}
@@ -238,21 +244,34 @@ def _of_scale(scales: dict[str, dict], name: str, file: Path) -> dict:
 
 
 def _check(content: dict, where: str) -> None:
-    """Refuses, with a UserError, what is missing, unknown or of another type in a protocol."""
+    """Refuses, with a UserError, what is missing, unknown, of another type or without a meaning in a protocol."""
     types = get_type_hints(Protocol)
     del types["name"]
     _check_names(content, types, REQUIRED, where)
     for name, value in content.items():
-        if not isinstance(value, types[name]) or (types[name] is int and value < 1):
+        if not isinstance(value, types[name]) or isinstance(value, bool) or (types[name] is int and value < 1):
             raise UserError(f"{where}: {name} is {value!r}. Give {AS_JSON[types[name]]}.")
     if not re.fullmatch(r"Dataset\d{3}_.+", content["dataset"]):
         raise UserError(f"{where}: dataset is {content['dataset']!r}. Write its whole name, as Dataset004_Hippocampus.")
-    split = content.get("split", {})
+    if content.get("device", "cpu") not in DEVICES:
+        raise UserError(f"{where}: device is {content['device']!r}. Give {' or '.join(DEVICES)}.")
+    useless = [name for name in ("settings", "architecture") if content.get(name) and not content.get("base")]
+    if useless:
+        raise UserError(f"{where}: {' and '.join(useless)} would change nothing. Name a configuration as 'base'.")
+    _check_cases(content.get("folds", []), content.get("split", {}), where)
+
+
+def _check_cases(folds: list, split: dict, where: str) -> None:
+    if folds and split:
+        raise UserError(f"{where}: folds and split exclude each other. Leave one of them out.")
     if split:
         _check_names(split, OF_A_SPLIT, OF_A_SPLIT[:1], f"{where}, split")
-    for number in (*content.get("folds", []), *split.values()):
+    for number in folds:
+        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            raise UserError(f"{where}: {number!r} in folds is no number of a fold. Give whole ones from 0.")
+    for number in split.values():
         if not isinstance(number, int | float):
-            raise UserError(f"{where}: {number!r} in folds or split is no number. Give one.")
+            raise UserError(f"{where}: {number!r} in split is no number. Give one.")
 
 
 def _check_names(content: Iterable[str], known: Iterable[str], required: Iterable[str], where: str) -> None:

@@ -53,8 +53,8 @@ def write_report(folder: Path, output: Path) -> None:
     draw_differences(cases, output / "differences.png")
     draw_learning_curves(finished, output / "learning_curves.png")
     draw_dice_against_time(cases, finished, output / "dice_against_time.png")
-    missing = draw_contours(cases, finished, output)
     print(report)
+    missing = draw_contours(cases, finished, output)
     if missing:
         print(f"\nNo contours of {', '.join(missing)}: predictions or nnUNet_raw are not there.", file=sys.stderr)
 

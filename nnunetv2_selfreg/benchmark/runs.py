@@ -16,6 +16,7 @@ import torch
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from tqdm import tqdm
 
+from nnunetv2_selfreg import discovery
 from nnunetv2_selfreg.benchmark import protocols
 from nnunetv2_selfreg.benchmark.commands import ExitStatusError
 from nnunetv2_selfreg.benchmark.protocol import DEFAULT_PLANS, Protocol
@@ -36,6 +37,7 @@ def benchmark(options: argparse.Namespace) -> int:
     """
     try:
         protocol = chosen_protocol(options)
+        require_trainers(options.tr)
         options.o.mkdir(parents=True, exist_ok=True)
         runs = chosen_runs(protocol, options)
     except FAILURES as error:
@@ -57,6 +59,14 @@ def benchmark(options: argparse.Namespace) -> int:
         print(f"The results are in {folder}. What they say:")
         print(shlex.join(["nnUNetv2_selfreg", "benchmark", "report", str(folder), "-o", "report"]))
     return status
+
+
+def require_trainers(names: list[str]) -> None:
+    """Raises UserError if nnU-Net does not find one of the trainers: before anything is planned for it."""
+    for name in names:
+        error = discovery.why_not_found(name)
+        if error is not None:
+            raise UserError(f"-tr {name}: {error}")
 
 
 def execute(runs: list[Run]) -> int:
@@ -128,6 +138,8 @@ def chosen_protocol(options: argparse.Namespace) -> Protocol:
         dataset = maybe_convert_to_dataset_name(options.d) if options.d else None
     except (RuntimeError, ValueError) as error:
         raise UserError(f"-d {options.d}: {error}") from error
+    if options.scale and not named:
+        raise UserError("--scale is one of a protocol's. Leave it out, or name a protocol.")
     if named:
         protocol = _of_file_or_name(options)
         return replace(protocol, dataset=dataset, name=f"{protocol.name}-{dataset}") if dataset else protocol

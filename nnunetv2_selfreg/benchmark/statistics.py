@@ -33,19 +33,20 @@ def read_runs(folder: Path) -> tuple[pd.DataFrame, list[dict]]:
             table = pd.read_csv(file.with_name("metrics.csv"))
             tables.append(table.assign(**{name: result[name] for name in ("trainer", "fold", "repetition")}))
     if not results:
-        raise UserError(f"{folder} has no finished run (*/result.json)")
+        raise UserError(f"{folder} has no finished run (*/result.json). Give the folder of a benchmark's runs.")
     if not tables:
         failures = "; ".join(f"{result['folder'].name}: {result['failure']}" for result in results)
-        raise UserError(f"all runs of {folder} failed: {failures}")
+        raise UserError(f"all runs of {folder} failed: {failures}. Remove them and run the benchmark again.")
     cases = pd.concat(tables, ignore_index=True)
     cases[[*IN_PERCENT]] *= 100
     return cases, results
 
 
 def incomplete_repetitions(cases: pd.DataFrame) -> list[tuple[str, int]]:
-    """Trainer and number of the repetitions that lack folds which another repetition of the trainer has."""
+    """Trainer and number of the repetitions that lack folds which another repetition has, of whatever trainer: a mean
+    over other folds is of other cases."""
     folds = cases.groupby(["trainer", "repetition"])["fold"].nunique()
-    return folds[folds < folds.groupby("trainer").transform("max")].index.tolist()
+    return folds[folds < cases["fold"].nunique()].index.tolist()
 
 
 def summary(cases: pd.DataFrame) -> pd.DataFrame:

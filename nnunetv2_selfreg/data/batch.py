@@ -23,9 +23,9 @@ class Batch:
     weak: Tensor
     """The same samples in the same geometry, intensities as they are, `(U, C, *patch)`."""
     target: list[Tensor]
-    """Of the labelled images as nnU-Net makes it, at every scale, highest resolution first."""
+    """nnU-Net's target of the labelled images at every scale, highest resolution first."""
     further: dict[str, Any] = field(default_factory=dict)
-    """What else the labelled stream delivers, such as `distance`."""
+    """What else a batch has: `keys` of all samples, and what the labelled stream adds, such as `distance`."""
 
     @classmethod
     def split(cls, batch: dict) -> Batch:
@@ -38,7 +38,9 @@ class Batch:
 
     @cached_property
     def images(self) -> Tensor:
-        """The labelled ones, then the strong views: what a network sees in one pass, `(L + U, C, *patch)`."""
+        """The labelled ones, then the strong views: what a network sees in one pass, `(L + U, C, *patch)`.
+
+        A copy, made once: small beside a network's feature maps, and right where a part was replaced."""
         return torch.cat((self.labeled, self.strong))
 
     def cut(self, output: Any) -> tuple[Any, Any]:

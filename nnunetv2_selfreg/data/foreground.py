@@ -19,7 +19,9 @@ class Foreground:
     count: int
     """Number of foreground classes, or of regions."""
     regions: bool
+    """Whether the data set has regions, which may overlap, in the place of classes."""
     ignore_label: int | None
+    """Number of the ignore label in the data set, if it has one."""
 
     @classmethod
     def of(cls, manager: LabelManager) -> Foreground:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_selfreg.losses.terms import Terms
+from nnunetv2_selfreg.losses.terms import OwnTerms, Terms
 from nnunetv2_selfreg.tensors import average_pool, pooled_to_each_shape
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class KMaxLoss(nn.Module):
     Args:
         loss: nnU-Net's loss with deep supervision, whose `.loss` is that of a single scale.
         query_weight: finite and not negative.
-        terms: where terms are noted, a new one when absent; who owns it empties it before each step.
+        terms: where terms are noted; who owns it empties it before each step. When absent, those of the last call.
 
     Raises:
         ValueError: impossible `query_weight`.
@@ -80,7 +80,7 @@ class KMaxLoss(nn.Module):
             raise ValueError(f"query_weight is {query_weight}, it must be finite and not negative")
         self.loss = loss
         self.query_weight = query_weight
-        self.terms = Terms() if terms is None else terms
+        self.terms = OwnTerms() if terms is None else terms
 
     def forward(self, output: KMaxOutput, target: Sequence[Tensor]) -> Tensor:
         """The loss, a scalar.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunetv2_selfreg.losses.terms import Terms
+from nnunetv2_selfreg.losses.terms import OwnTerms, Terms
 from nnunetv2_selfreg.tensors import at_full_resolution, at_least_single, average_pool, of_image, pooled_to_each_shape
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class SelfRegularizedLoss(nn.Module):
         taps: the source of the features; they are released at each call.
         lambda_scr, lambda_ifd: weights, finite and not negative.
         ifd_order, ifd_stop_gradient: see :func:`internal_feature_distillation`.
-        terms: where terms are noted, a new one when absent; who owns it empties it before each step.
+        terms: where terms are noted; who owns it empties it before each step. When absent, those of the last call.
 
     Raises:
         ValueError: a lambda is negative or not finite, or `ifd_order` is unknown.
@@ -151,7 +151,7 @@ class SelfRegularizedLoss(nn.Module):
         self.lambda_ifd = lambda_ifd
         self.ifd_order = ifd_order
         self.ifd_stop_gradient = ifd_stop_gradient
-        self.terms = Terms() if terms is None else terms
+        self.terms = OwnTerms() if terms is None else terms
 
     def forward(self, output: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]) -> Tensor:
         segmentation = self.loss(output, target)

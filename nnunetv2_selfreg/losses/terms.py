@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import reduce
 from operator import add
 
+import torch
 from torch import Tensor
 
 Weighted = tuple[float, Tensor]
@@ -19,10 +20,11 @@ class Terms(dict[str, Tensor | float]):
     """
 
     def total(self, terms: Mapping[str, Weighted]) -> Tensor:
-        """The sum of weight * term, a scalar; the terms are noted.
+        """The sum of weight * term, a scalar. Where gradients are enabled, as in training, the terms are noted.
 
-        A loss may be a term of another one, under whose name the inner one's own term is known: that, which is noted
-        first, stays.
+        A name that has been noted since the last emptying keeps its term. So where a trainer's loss is one term of a
+        family's, `segmentation` say, and has a term of that name itself, the inner one is logged, without what was
+        added to it.
 
         >>> import torch
         >>> terms = Terms()
@@ -31,6 +33,15 @@ class Terms(dict[str, Tensor | float]):
         >>> terms
         {'segmentation': tensor(2.), 'consistency': tensor(5.)}
         """
-        for name, (_, term) in terms.items():
-            self.setdefault(name, term.detach())
+        if torch.is_grad_enabled():
+            for name, (_, term) in terms.items():
+                self.setdefault(name, term.detach())
         return reduce(add, (weight * term for weight, term in terms.values()))
+
+
+class OwnTerms(Terms):
+    """Those of a loss that shares them with nobody: each sum empties them first."""
+
+    def total(self, terms: Mapping[str, Weighted]) -> Tensor:
+        self.clear()
+        return super().total(terms)

@@ -96,8 +96,8 @@ class KMaxDecoder(UNetResDecoder):
         num_classes: int,
         n_conv_per_stage: Sequence[int],
         deep_supervision: bool,
-        queries: int = QUERIES,
-        sizes: MaskDecoderSizes = PUBLISHED,
+        queries: int,
+        sizes: MaskDecoderSizes,
     ) -> None:
         super().__init__(encoder, num_classes, list(n_conv_per_stage), deep_supervision)
         below_full = encoder.output_channels[:0:-1]  # from the bottleneck up
@@ -146,7 +146,7 @@ class MaskDecoder(nn.Module):
         channels: Sequence[int],
         num_classes: int,
         queries: int,
-        sizes: MaskDecoderSizes = PUBLISHED,
+        sizes: MaskDecoderSizes,
     ) -> None:
         super().__init__()
         self.groups = query_groups(queries, num_classes)
@@ -190,7 +190,7 @@ class KMaxLayer(nn.Module):
     logits learn from their own loss alone.
     """
 
-    def __init__(self, conv_op: type[nn.Module], channels: int, sizes: MaskDecoderSizes = PUBLISHED) -> None:
+    def __init__(self, conv_op: type[nn.Module], channels: int, sizes: MaskDecoderSizes) -> None:
         super().__init__()
         width = sizes.width
         self.norm = ChannelNorm(channels)
@@ -218,7 +218,7 @@ class MaskPredictor(nn.Module):
     """Mask logits `(B, N, *spatial)`: the L2-normalised key of each voxel of a feature map `(B, C, *spatial)` times the
     key of each query `(B, N, width)`."""
 
-    def __init__(self, conv_op: type[nn.Module], channels: int, sizes: MaskDecoderSizes = PUBLISHED) -> None:
+    def __init__(self, conv_op: type[nn.Module], channels: int, sizes: MaskDecoderSizes) -> None:
         super().__init__()
         self.voxel_key = conv_op(channels, sizes.key_width, 1)
         self.query_key = nn.Sequential(nn.LayerNorm(sizes.width), nn.Linear(sizes.width, sizes.key_width))
@@ -231,7 +231,7 @@ class MaskPredictor(nn.Module):
 class SelfAttention(nn.Module):
     """Of the queries; the published one has narrower keys than values, which `nn.MultiheadAttention` has not."""
 
-    def __init__(self, sizes: MaskDecoderSizes = PUBLISHED) -> None:
+    def __init__(self, sizes: MaskDecoderSizes) -> None:
         super().__init__()
         width, key_width, self.heads = sizes.width, sizes.key_width, sizes.heads
         self.query, self.key = nn.Linear(width, key_width), nn.Linear(width, key_width)

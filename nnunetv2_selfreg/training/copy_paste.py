@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
-from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -16,7 +15,6 @@ from nnunetv2_selfreg.data.batch import Batch
 from nnunetv2_selfreg.data.foreground import Foreground
 from nnunetv2_selfreg.data.mixing import at_size, box_masks, box_sides, largest_components, mix_all
 from nnunetv2_selfreg.losses.consistency import gaussian_ramp_up
-from nnunetv2_selfreg.losses.kmax import KMaxLoss
 from nnunetv2_selfreg.losses.terms import Weighted
 from nnunetv2_selfreg.tensors import cut
 from nnunetv2_selfreg.training.teacher import WithTeacher
@@ -112,6 +110,7 @@ class CopyPaste(WithTeacher):
         mixtures = self.mixtures(batch)
         labeled, mixed = batch.cut(self.network(torch.cat((batch.labeled, mixtures.images))))
         supervised = self.supervised_loss(labeled, batch.target)
+        # In this order its sum is, to the bit, s + v (l + w u), as it was when results in the docs were made.
         return {**self.mixture_terms(mixed, mixtures), "segmentation": (1.0, supervised)}
 
     def mixture_terms(self, output: Any, mixtures: Mixtures) -> dict[str, Weighted]:
@@ -200,7 +199,7 @@ def enable_ignoring(loss: nn.Module, foreground: Foreground) -> None:
             ignored voxels among those of which it takes the worst.)
     """
     inner = loss
-    while isinstance(inner, (DeepSupervisionWrapper, KMaxLoss)):
+    while hasattr(inner, "loss"):  # deep supervision, the k-means network's further terms
         inner = inner.loss
     if isinstance(inner, DC_and_CE_loss):
         inner.ignore_label = inner.ce.ignore_index = foreground.ignored_label

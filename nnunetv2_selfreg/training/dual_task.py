@@ -66,11 +66,11 @@ class DistanceTask(WithPartners):
         self._require("sharpness", 0 < self.sharpness < math.inf, "finite and greater than 0")
         self._require("distance_weight", 0 <= self.distance_weight < math.inf, "finite and 0 at least")
         super().initialize()
-        self.distance = self.add_partner(self._name_in_checkpoints, self.build_distance_module())
+        self.distance_partner = self.add_partner(self._name_in_checkpoints, self.build_distance_module())
 
     def weighted_terms(self, batch: Batch) -> dict[str, Weighted]:
         output = self.network(batch.images)
-        distance = predicted_distance(self.distance.module(self.distance_input(batch)))
+        distance = predicted_distance(self.distance_partner.module(self.distance_input(batch)))
         (labeled, _), (of_labeled, _) = batch.cut(output), batch.cut(distance)
         self.terms["consistency_weight"] = self.ramp
         return {

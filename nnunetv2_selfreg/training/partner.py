@@ -69,21 +69,19 @@ class WithPartners(SemiSupervised):
         self._partners[name] = Partner(self, module)
         return self._partners[name]
 
-    def second_network(self, output_channels: int, deep_supervision: bool = False) -> nn.Module:
-        """Another network of the planned architecture.
+    def second_network(self, output_channels: int) -> nn.Module:
+        """Another network of the planned architecture, without deep supervision.
 
         Raises:
-            NotImplementedError: without deep supervision, of an architecture that learns with it only.
+            NotImplementedError: the architecture learns with deep supervision only.
         """
         network = self.build_network_architecture(
             self.plans_manager,
             self.configuration_manager,
             self.num_input_channels,
             output_channels,
-            enable_deep_supervision=deep_supervision,
+            enable_deep_supervision=False,
         )
-        if deep_supervision:
-            return network
         if getattr(network, "needs_deep_supervision", False):
             raise NotImplementedError(
                 f"{type(self).__name__} trains a second network without deep supervision, with which alone "

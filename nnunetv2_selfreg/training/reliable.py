@@ -38,7 +38,7 @@ class ReliableTraining(_Trainer):
     """
 
     terms: Terms
-    """Of the loss of the last training step: the only store, which all losses of the trainer share."""
+    """Terms of the last training step's loss: the only store, which all losses of the trainer share."""
     segmentation_loss: nn.Module
     """What `_build_loss` made, whatever has wrapped `loss` since, as SelfReg does."""
 

@@ -30,7 +30,7 @@ class SemiSupervised(TwoStreams):
     ramp_up_length: float = 1.0
     """Share of the training after which the unlabelled term has its full weight; the ramp is Gaussian."""
     passes_of_unlabeled: int = 1
-    """How often the network sees each unlabelled sample in a step: a fact of the family, no setting."""
+    """How often the network sees each unlabelled sample in a step: a fact of the family, which measurements read."""
 
     _steps_in_epoch = 0
 

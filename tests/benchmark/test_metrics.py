@@ -28,7 +28,7 @@ def by_all_pairs(prediction, reference, spacing) -> tuple[float, float]:
     return max(np.percentile(there, 95), np.percentile(back, 95)), np.concatenate((there, back)).mean()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(7, 9), (5, 8, 6), (1, 7, 8)]))
 def test_distances_in_mm_equal_all_pairs(seed, shape):
     generator = np.random.default_rng(seed)

@@ -88,7 +88,14 @@ def test_protocol_of_ones_own_that_inherits_from_one_of_the_package_has_the_scal
         ({"scales": {"cpu": {**SCALE, "iterations": 0}}}, "scale cpu: iterations is 0. Give a whole number from 1."),
         ({"name": "x"}, "unknown are name."),
         ({"folds": 0}, "folds is 0. Give a list in brackets."),
-        ({"folds": ["0"]}, "'0' in folds or split is no number"),
+        ({"folds": ["0"]}, "'0' in folds is no number of a fold"),
+        ({"folds": [0.5]}, "0.5 in folds is no number of a fold. Give whole ones from 0."),
+        ({"folds": [True]}, "True in folds is no number of a fold"),
+        ({"folds": [0], "split": {"labeled": 3}}, "folds and split exclude each other"),
+        ({"scales": {"cpu": {**SCALE, "epochs": True}}}, "scale cpu: epochs is True. Give a whole number"),
+        ({"scales": {"cpu": {"inherits_from": ["a"]}}}, "mine.json has no scale ['a']; it has "),
+        ({"device": "gpu"}, "device is 'gpu'. Give cpu or cuda."),
+        ({"settings": {"batch_size": 2}}, "settings would change nothing. Name a configuration as 'base'."),
         ({"split": {"labeled": 3, "valid": 2}}, "split: unknown are valid. Known are labeled, val, seed, in_order."),
         ({"split": {"val": 2}}, "split lacks labeled."),
         ({"dataset": "Hippocampus"}, "dataset is 'Hippocampus'. Write its whole name, as Dataset004_Hippocampus."),
@@ -100,6 +107,25 @@ def test_mistake_in_a_protocol_of_ones_own_is_named_with_the_file(change, reason
     with pytest.raises(UserError) as error:
         Protocol.read(own(tmp_path, **{**content, **change}), "cpu")
     assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(("own_cases", "other"), [({"folds": [0, 1]}, "split"), ({"split": {"labeled": 3}}, "folds")])
+def test_cases_of_ones_own_take_the_place_of_inherited_ones(own_cases, other, tmp_path):
+    inherited = {"split": "left-atrium-8", "folds": "hippocampus"}[other]
+    protocol = Protocol.read(own(tmp_path, inherits_from=inherited, scales={}, **own_cases), "cpu")
+    assert not getattr(protocol, other)
+    assert {name: getattr(protocol, name) for name in own_cases} == own_cases
+
+
+def test_configuration_whose_architecture_is_inherited_can_be_a_base(tmp_path):
+    file = tmp_path / "plans.json"
+    network = {"network_class_name": "x", "arch_kwargs": {"features_per_stage": [32], "n_stages": 1}}
+    configurations = {"3d_fullres": {"architecture": network}, "cascade": {"inherits_from": "3d_fullres"}}
+    save_json({"configurations": configurations}, str(file))
+    commands.add_configuration(file, "small", "cascade", {"batch_size": 2}, {"features_per_stage": [16]})
+    made = load_json(str(file))["configurations"]["small"]
+    assert made["inherits_from"] == "cascade"
+    assert made["architecture"]["arch_kwargs"] == {"features_per_stage": [16], "n_stages": 1}
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,20 @@ def test_repetition_that_lacks_a_fold_is_named_and_no_part_of_the_spread(runs):
     assert "Repetition 3 of nnUNetTrainer lacks folds and is not in the first table." in report
 
 
+def test_trainer_that_lacks_a_fold_of_stock_is_not_compared_with_it_in_means():
+    cases = table(
+        {("nnUNetTrainer", fold, 1, f"{fold}", "a"): 90 - 40 * fold for fold in (0, 1)}
+        | {("nnUNetTrainerMine", 0, 1, "0", "a"): 90}
+    )
+    assert statistics.incomplete_repetitions(cases) == [("nnUNetTrainerMine", 1)]
+    assert statistics.summary(cases).index.tolist() == [("nnUNetTrainer", "a")]
+
+
+def test_contours_without_a_class_in_any_case_are_none(tmp_path):
+    cases = table({("nnUNetTrainer", 0, 1, "0", "a"): float("nan")})
+    assert figures.draw_contours(cases, [{"dataset": "x"}], tmp_path) == []
+
+
 def test_first_epoch_in_which_every_class_is_learned():
     assert statistics.first_epoch_with([[0.9, 0.6], [0.7, 0.7], [0.8, 0.8]]) == 2
     assert statistics.first_epoch_with([[0.9, 0.6]]) == np.inf
@@ -281,6 +295,9 @@ def test_contours_of_the_best_the_median_and_the_worst_case(runs, tmp_path, monk
     first = drawn["contours-nnUNetTrainer.png"][0]
     assert first.image.shape == first.reference.shape == (8, 12, 12)
     np.testing.assert_array_equal(first.reference, first.prediction)
+    for file in (raw / "imagesTr").glob("phantom_001*"):  # a case that has left the raw data set
+        file.unlink()
+    assert figures.draw_contours(cases, results, tmp_path) == ["nnUNetTrainer", "nnUNetTrainerMine"]
 
 
 def test_report_of_the_folder_above_if_it_has_the_runs_of_one_protocol(runs, tmp_path, capsys):

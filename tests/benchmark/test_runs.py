@@ -300,7 +300,16 @@ def shown_bars(monkeypatch):
     return shown
 
 
+def test_unknown_trainer_is_one_line_before_anything_is_made(protocol, monkeypatch, capsys):
+    assert run(protocol, "-tr", "nnUNetTrainer", "nnUNetTrainerUnknown") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("nnUNetv2_selfreg: -tr nnUNetTrainerUnknown: RuntimeError: Could not find requested")
+    assert error.count("\n") == 1
+    assert not (protocol / "runs").exists()
+
+
 def test_failed_run_is_reported_and_the_status_tells(protocol, quick_commands, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "require_trainers", lambda names: None)  # it is found here, and not by the command
     assert run(protocol, "-tr", "nnUNetTrainerUnknown") == 1
     error = capsys.readouterr().err
     assert "nnUNetTrainerUnknown-fold2-1: nnUNetv2_train" in error
@@ -337,6 +346,7 @@ def test_jobs_are_one_command_for_each_unfinished_run(protocol, monkeypatch, cap
         (["tiny", "--protocol", "mine.json"], "tiny and --protocol are two protocols. Give one of them."),
         (["--protocol", "mine.json", "--epochs", "3"], "has its own configuration"),
         (["-c", "2d"], "name a protocol (tiny), or a data set"),
+        (["-d", "NAME", "-c", "2d", "--scale", "full"], "--scale is one of a protocol's"),
         (["-d", "NAME", "-c", "unknown", "-device", "cpu"], "nnUNetPlans.json has no configuration unknown; it has"),
         (["-d", "NAME", "-c", "2d", "-p", "Other", "-device", "cpu"], "Other.json does not exist. Run nnUNetv2_plan"),
     ],
@@ -354,7 +364,7 @@ def test_wrong_options_are_one_line_that_names_what_there_is(options, reason, pr
 def test_repetitions_are_counted_from_one(capsys):
     with pytest.raises(SystemExit, match="2"):
         main("tiny", "-o", "runs", "--repetitions", "0")
-    assert "0 is not at least 1" in capsys.readouterr().err
+    assert "0 is no whole number from 1" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -2,6 +2,7 @@
 
 from collections import namedtuple
 
+import pytest
 import torch
 
 from nnunetv2_selfreg.data.batch import Batch
@@ -53,3 +54,9 @@ def test_outputs_of_any_structure_are_cut_where_the_labelled_samples_end():
         assert isinstance(part.scales, list)
         for tensor in (part.segmentation, part.scales[0], part.scales[1][0], at_full_resolution(part)):
             assert torch.equal(tensor, expected)
+
+
+def test_output_that_cannot_be_cut_is_an_error():
+    """Rather than labelled and unlabelled samples that are mixed up."""
+    with pytest.raises(TypeError, match="a network's output has a Batch"):
+        Batch.split(loaded(2, 3)).cut([numbered(5), Batch.split(loaded(1, 1))])

@@ -29,7 +29,7 @@ masks = arrays(bool, array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=7
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(masks, st.tuples(*[st.floats(0.3, 4)] * 4))
 def test_equals_all_pairs_and_keeps_the_mask(mask, spacing):
     spacing = spacing[: mask.ndim]

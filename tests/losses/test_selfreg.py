@@ -76,7 +76,7 @@ def test_ifd_equals_the_formula(shape):
 
 
 @given(st.integers(2, 9), st.integers(1, 3), st.integers(0, 2**31))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_ranking_is_the_order_of_the_normalised_activation(channels, batch, seed):
     feature = random((batch, channels, 3, 4), seed)
     assert channel_ranking(feature).tolist() == numpy_ranking(feature.numpy()).tolist()
@@ -253,7 +253,7 @@ def test_lambda_must_be_finite_and_not_negative(name, value, u_net_features):
 
 
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3)), min_size=2, max_size=3), st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_pooling_equals_adaptive_average_pooling(sizes, seed):
     shape, larger = tuple(n for n, _ in sizes), tuple(n * k for n, k in sizes)
     feature = random((1, 2, *larger), seed)

@@ -11,6 +11,7 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
 from nnunetv2_selfreg.losses.kmax import KMaxLoss
 from nnunetv2_selfreg.networks.kmax import (
+    PUBLISHED,
     KMaxLayer,
     KMaxUXNet,
     MaskDecoder,
@@ -66,7 +67,7 @@ def test_merged_assignment_sums_each_group():
 
 def test_segmentation_is_the_distribution_times_the_class_scores():
     torch.manual_seed(0)
-    decoder = MaskDecoder(torch.nn.Conv2d, [8, 4], 3, 16)
+    decoder = MaskDecoder(torch.nn.Conv2d, [8, 4], 3, 16, PUBLISHED)
     features = [torch.randn(1, 8, 2, 3), torch.randn(1, 4, 4, 6)]
     seen = {}
     decoder.masks.register_forward_hook(lambda _m, _i, output: seen.update(masks=output))
@@ -79,7 +80,7 @@ def test_segmentation_is_the_distribution_times_the_class_scores():
     assert [tuple(a.shape[2:]) for a in log_assignments] == [(2, 3)] * 2 + [(4, 6)] * 3
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 3))
 def test_cluster_means_and_assignment_against_loops(seed, queries, batch):
     generator = torch.Generator().manual_seed(seed)
@@ -102,7 +103,7 @@ def test_large_clusters_are_counted_in_half_precision():
 @pytest.mark.parametrize("size", [0.0, 6e4])
 def test_keys_of_any_size_are_normalised_in_half_precision(size):
     """Squares of the one are too small for it, of the other too large."""
-    masks = MaskPredictor(torch.nn.Conv2d, 4).half()
+    masks = MaskPredictor(torch.nn.Conv2d, 4, PUBLISHED).half()
     with torch.no_grad():
         masks.voxel_key.weight.zero_()
         masks.voxel_key.bias.fill_(size)
@@ -113,7 +114,7 @@ def test_keys_of_any_size_are_normalised_in_half_precision(size):
 
 def test_queries_move_by_the_mean_value_of_their_voxels():
     torch.manual_seed(0)
-    layer = KMaxLayer(torch.nn.Conv2d, 4)
+    layer = KMaxLayer(torch.nn.Conv2d, 4, PUBLISHED)
     queries, feature = torch.randn(1, 3, 256), torch.randn(1, 4, 2, 3)
     seen = []
     layer.update.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
@@ -129,7 +130,7 @@ def test_queries_move_by_the_mean_value_of_their_voxels():
 
 def test_hard_assignment_gets_no_gradient():
     """A layer's mask logits have no influence on its queries that a gradient could follow."""
-    layer = KMaxLayer(torch.nn.Conv3d, 4)
+    layer = KMaxLayer(torch.nn.Conv3d, 4, PUBLISHED)
     queries, feature = torch.randn(1, 8, 256, requires_grad=True), torch.randn(1, 4, 2, 3, 4, requires_grad=True)
     moved, mask_logits = layer(queries, feature)
     moved.sum().backward(retain_graph=True)

@@ -128,6 +128,7 @@ def test_terms_of_unit_features_do_not_depend_on_their_scale(started):
 
     def terms_and_radial_gradient():
         torch.manual_seed(0)  # of the channels that are compared
+        trainer.terms.clear()
         features = trainer.network(batch["data"])
         terms = trainer.loss(features, batch["target"]) - segmentation(features, batch["target"])
         # Scale and shift of the norms scale all features, so the gradient along them is that of the scale.

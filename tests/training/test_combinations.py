@@ -35,7 +35,12 @@ def run(data_sets, results):
     return Run(data_sets.name("ignore"), "2d", "nnUNetTrainer")
 
 
-@pytest.mark.parametrize("name", COMBINATIONS)
+CHOSEN = ("nnUNetTrainerTinyKMaxMeanTeacher", "nnUNetTrainerTinySwinDualTask")  # the others run in the matrix
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in CHOSEN else pytest.mark.matrix) for name in COMBINATIONS]
+)
 def test_family_trains_and_resumes_on_another_network(name, data_sets, results, tmp_path, monkeypatch):
     run = Run(data_sets.name("ignore"), "2d", name + LENGTH)
     whole, second = whole_and_resumed(run, tmp_path, monkeypatch)
@@ -72,6 +77,13 @@ def test_copy_pastes_parts_have_all_losses_of_the_k_means_network(data_sets, res
     torch.testing.assert_close(found, expected)
 
 
+def test_segmentation_loss_is_the_one_that_selfreg_wraps(data_sets, results):
+    trainer = Run(data_sets.name("labels"), "2d", "nnUNetTrainerSelfRegMeanTeacher" + LENGTH).build()
+    trainer.initialize()
+    assert type(trainer.loss).__name__ == "SelfRegularizedLoss"
+    assert trainer.segmentation_loss is trainer.loss.loss
+
+
 def test_second_network_that_would_not_learn_is_named(run):
     class Mutual(DualTaskMutual, KMaxUXNetBackbone, nnUNetTrainer):
         width, deepest, queries = 4, 16, 24
@@ -86,7 +98,7 @@ def test_partner_has_the_optimiser_of_whatever_trainer_it_is(base, run):
         pass
 
     trainer = initialised(Composed, run)
-    partner = trainer.distance
+    partner = trainer.distance_partner
     assert type(partner.optimizer) is type(trainer.optimizer)
     assert type(partner.schedule) is type(trainer.lr_scheduler)
     held = [p for group in partner.optimizer.param_groups for p in group["params"]]

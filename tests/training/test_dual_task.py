@@ -48,7 +48,7 @@ def outputs_of(trainer, batch) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         logits = network(batch["data"])[0]
         mutual = "Mutual" in type(trainer).__name__
-        distance = trainer.distance.module(batch["data"] if mutual else captured["final"]).tanh()
+        distance = trainer.distance_partner.module(batch["data"] if mutual else captured["final"]).tanh()
     regions = trainer.label_manager.has_regions
     return (torch.sigmoid(logits) if regions else torch.softmax(logits, 1)[:, 1:]), distance
 
@@ -99,7 +99,7 @@ def trainer_ramp(step: int) -> float:
 
 def test_each_modules_gradient_is_clipped_on_its_own_and_moves_it(run):
     trainer = start(run.build())
-    before = weights(trainer.distance.module), weights(trainer.network)
+    before = weights(trainer.distance_partner.module), weights(trainer.network)
     norms = []
     clip = torch.nn.utils.clip_grad_norm_
 
@@ -111,9 +111,9 @@ def test_each_modules_gradient_is_clipped_on_its_own_and_moves_it(run):
         patch.setattr(torch.nn.utils, "clip_grad_norm_", recorded)
         trainer.train_step(next(trainer.dataloader_train))
     assert [count for _, count in norms] == [len(part) for part in reversed(before)]
-    assert all(p.grad is not None for p in trainer.distance.module.parameters() if p.requires_grad)
+    assert all(p.grad is not None for p in trainer.distance_partner.module.parameters() if p.requires_grad)
     assert all(norm > 0 for norm, _ in norms)
-    for was, module in zip(before, (trainer.distance.module, trainer.network), strict=True):
+    for was, module in zip(before, (trainer.distance_partner.module, trainer.network), strict=True):
         assert not torch.equal(was[0], weights(module)[0])
 
 
@@ -126,7 +126,7 @@ def test_agreement_teaches_both_tasks(run, monkeypatch):
     monkeypatch.setattr(trainer, "supervised_loss", lambda output, _: 0 * output[0].sum())
     trainer.distance_loss = lambda distance, *_: 0 * distance.sum()
     trainer.loss_of(batch).backward()
-    for module in (trainer.network.decoder.seg_layers[-1], trainer.network.encoder, trainer.distance.module):
+    for module in (trainer.network.decoder.seg_layers[-1], trainer.network.encoder, trainer.distance_partner.module):
         assert sum(float(p.grad.abs().sum()) for p in module.parameters() if p.grad is not None) > 0
 
 
@@ -136,7 +136,7 @@ def test_distances_teach_the_network_that_the_head_reads(data_sets, results):
     trainer.supervised_loss = lambda output, _: 0 * output[0].sum()
     trainer.agreement = lambda distance, _: 0 * distance.sum()
     trainer.loss_of(next(trainer.dataloader_train)).backward()
-    for module in (trainer.network.decoder.stages[-1], trainer.network.encoder, trainer.distance.module):
+    for module in (trainer.network.decoder.stages[-1], trainer.network.encoder, trainer.distance_partner.module):
         assert sum(float(p.grad.abs().sum()) for p in module.parameters() if p.grad is not None) > 0
     assert not trainer.network.decoder.seg_layers[-1].weight.grad.any()
 
@@ -169,12 +169,12 @@ def test_gradient_scaler_serves_both_optimisers(run):
         trainer = start(run.build())
         trainer.grad_scaler = scaler
         generator = torch.Generator().manual_seed(1)
-        for part in (trainer.network, trainer.distance.module):
+        for part in (trainer.network, trainer.distance_partner.module):
             for parameter in part.parameters():
                 parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
         batch = moved[0][0] if moved else next(trainer.dataloader_train)
         trainer.train_step(copy.deepcopy(batch))
-        moved.append((batch, weights(trainer.network), weights(trainer.distance.module)))
+        moved.append((batch, weights(trainer.network), weights(trainer.distance_partner.module)))
     torch.testing.assert_close(moved[0][1:], moved[1][1:])
     first, second = (optimizer for _, optimizer in trainer.trained_modules())
     assert scaler.calls == [("unscale", first), ("step", first), ("unscale", second), ("step", second), ("update",)]
@@ -192,12 +192,12 @@ def test_compiled_training_is_the_eager_one(run):
         trainer = start(trainer)
         batch = steps[0][0] if steps else next(trainer.dataloader_train)
         torch.manual_seed(2)
-        for part in (trainer.network, trainer.distance.module):
+        for part in (trainer.network, trainer.distance_partner.module):
             for parameter in part.parameters():
                 torch.nn.init.normal_(parameter, std=0.1)
         loss = float(trainer.train_step(copy.deepcopy(batch))["loss"])
-        steps.append((batch, loss, weights(trainer.network), weights(trainer.distance.module)))
-    assert isinstance(trainer.distance.module, torch._dynamo.OptimizedModule)
+        steps.append((batch, loss, weights(trainer.network), weights(trainer.distance_partner.module)))
+    assert isinstance(trainer.distance_partner.module, torch._dynamo.OptimizedModule)
     torch.testing.assert_close(steps[1][1:], steps[0][1:], rtol=1e-4, atol=1e-5)
 
 
@@ -213,7 +213,10 @@ def test_schedule_follows_the_networks(run):
 
 def test_resumed_training_equals_one_without_interruption(run, tmp_path, monkeypatch):
     whole, second = whole_and_resumed(run, tmp_path, monkeypatch)
-    for mine, theirs in ((second.network, whole.network), (second.distance.module, whole.distance.module)):
+    for mine, theirs in (
+        (second.network, whole.network),
+        (second.distance_partner.module, whole.distance_partner.module),
+    ):
         torch.testing.assert_close(weights(mine), weights(theirs), rtol=0, atol=0)
     for (_, mine), (_, theirs) in zip(second.trained_modules(), whole.trained_modules(), strict=True):
         momenta = [[s["momentum_buffer"] for s in o.state_dict()["state"].values()] for o in (mine, theirs)]
@@ -289,7 +292,7 @@ def test_class_that_never_occurs_costs_nothing(run):
     assert all(np.isfinite(value) for value in outputs.values())
     distance = outputs[DISTANCE_TERM[run.trainer.removesuffix(LENGTH)]]
     assert distance == (-1 if "Mutual" in run.trainer else 0)  # a Dice loss of 1, or an error of 0
-    assert not any(p.grad.any() for p in trainer.distance.module.parameters() if p.grad is not None)
+    assert not any(p.grad.any() for p in trainer.distance_partner.module.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "nnUNetTrainerMeanTeacher"])
@@ -317,7 +320,7 @@ def test_network_without_stages_is_named_where_they_are_needed(run):
     trainer.set_deep_supervision_enabled = lambda _: None  # nnU-Net's Primus trainers go without
     if "Mutual" in run.trainer:
         trainer.initialize()
-        assert type(trainer.distance.module).__name__ == "Primus"
+        assert type(trainer.distance_partner.module).__name__ == "Primus"
     else:
         with pytest.raises(NotImplementedError, match="Primus has no encoder"):
             trainer.initialize()

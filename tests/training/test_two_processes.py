@@ -81,7 +81,7 @@ def train_and_report(rank: int, folder: str, trainer) -> None:
             "unlabeled": unlabeled,
             "first_teacher": first_teacher,
             "teacher": copied_weights(trainer, "teacher"),
-            "partner": copied_weights(getattr(trainer, "distance", None), "module"),
+            "partner": copied_weights(getattr(trainer, "distance_partner", None), "module"),
         },
         f"{folder}/rank{rank}.pth",
     )
