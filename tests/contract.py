@@ -14,7 +14,6 @@ from workspace import CASES, LABELS, SHAPE, Commands, InProcess, Run, command, r
 CELLS = [(v, c) for v in ("labels", "regions", "ignore", "regions_ignore") for c in ("2d", "3d_fullres")]
 TWO_CELLS = [("labels", "3d_fullres"), ("regions_ignore", "2d")]
 ONE_CELL = TWO_CELLS[1:]
-FOUR_CELLS = [*TWO_CELLS, ("regions", "3d_fullres"), ("ignore", "2d")]
 NNUNET_KEYS = {"mean_fg_dice", "ema_fg_dice", "dice_per_class_or_region", "train_losses", "val_losses", "lrs"}
 
 

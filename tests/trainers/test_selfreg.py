@@ -1,8 +1,8 @@
-from contract import FOUR_CELLS, TrainerContract
+from contract import TWO_CELLS, TrainerContract
 
 
 class TestSelfReg(TrainerContract):
     trainer = "nnUNetTrainerSelfReg"
-    chosen = FOUR_CELLS
+    chosen = TWO_CELLS
     tools_are_chosen = False
     terms = ("segmentation", "scr", "ifd")

@@ -13,7 +13,7 @@ from nnunetv2_selfreg.data.batch import Batch
 from nnunetv2_selfreg.training.backbones import KMaxUXNetBackbone
 from nnunetv2_selfreg.training.dual_task import DualTask, DualTaskMutual
 
-LENGTH = "_4epochs_2iters"
+LENGTH = "_2epochs_2iters"
 KMAX_TERMS = {"query_segmentation", "convolutional", "query_distribution"}
 COMBINATIONS = {
     "nnUNetTrainerTinyKMaxMeanTeacher": {"segmentation", "consistency", *KMAX_TERMS},
@@ -35,7 +35,7 @@ def run(data_sets, results):
     return Run(data_sets.name("ignore"), "2d", "nnUNetTrainer")
 
 
-CHOSEN = ("nnUNetTrainerTinyKMaxMeanTeacher", "nnUNetTrainerTinySwinDualTask")  # the others run in the matrix
+CHOSEN = ("nnUNetTrainerTinyKMaxMeanTeacher",)  # the others run in the matrix
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_family_trains_and_resumes_on_another_network(name, data_sets, results, 
     curves = whole.logger.local_logger.my_fantastic_logging
     for term in COMBINATIONS[name]:
         assert np.isfinite(curves[term]).all(), term
-        assert len(curves[term]) == 4, term
+        assert len(curves[term]) == 2, term
 
 
 def test_inner_losses_terms_are_of_the_labelled_samples(data_sets, results):
