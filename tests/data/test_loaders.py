@@ -44,6 +44,18 @@ def test_labelled_part_is_the_batch_of_stock_nnunet(configuration, data_sets):
     torch.testing.assert_close(mine["target"], stock["target"], rtol=0, atol=0)
 
 
+def test_strong_views_stand_behind_the_labelled_samples_and_weak_ones_apart(data_sets):
+    trainer = Run(data_sets.name("labels"), "2d", "nnUNetTrainerMeanTeacher_2epochs_2iters").build()
+    trainer.initialize()
+    loader = trainer.get_dataloaders()[0].data_loader
+    patch = (1, *trainer.configuration_manager.patch_size)
+    loader.unlabeled.views = lambda image: (torch.full(patch, 111.0), torch.full(patch, 222.0))  # strong, weak
+    batch = next(loader)
+    assert (batch["data"][2:] == 111).all()
+    assert (batch["data_weak"] == 222).all()
+    assert not (batch["data"][:2] == 111).any()
+
+
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
 def test_unlabelled_crops_are_as_large_as_labelled_ones_before_rotation(configuration, data_sets):
     """Larger than the patch, or rotated patches would have corners of nothing."""
