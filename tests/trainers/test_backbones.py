@@ -36,9 +36,11 @@ class TestSwinUNETR(_Backbone):
 
 class TestSelfRegUXNet(_Backbone):
     trainer = "nnUNetTrainerTinySelfRegUXNet"
+    chosen = ()
     terms = ("segmentation", "scr", "ifd")
 
 
 class TestSelfRegSwinUNETR(_Backbone):
     trainer = "nnUNetTrainerTinySelfRegSwinUNETR"
+    chosen = ()
     terms = ("segmentation", "scr", "ifd")

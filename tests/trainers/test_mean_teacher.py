@@ -20,7 +20,7 @@ class TestUAMeanTeacher(_MeanTeacher):
 
 class TestSelfRegMeanTeacher(_MeanTeacher):
     trainer = "nnUNetTrainerSelfRegMeanTeacher"
-    chosen = ONE_CELL
+    chosen = ()  # what it is made of is above
     terms = (*_MeanTeacher.terms, "scr", "ifd")
 
 
