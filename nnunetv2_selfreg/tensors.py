@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -104,16 +104,22 @@ def cut(output: Any, first: int) -> tuple[Any, Any]:
     >>> cut([torch.tensor([1, 2, 3])], 2)
     ([tensor([1, 2])], [tensor([3])])
     """
-    parts: list[Any] = [output]
-    for part in parts:  # grows by what is in it
-        if isinstance(part, (list, tuple, dict)):
-            parts.extend(part.values() if isinstance(part, dict) else part)
-        elif not isinstance(part, Tensor):
+    for leaf in _leaves(output):
+        if not isinstance(leaf, Tensor):
             raise TypeError(
-                f"a network's output has a {type(part).__name__}; it can only be cut into samples if it is "
-                "made of tensors in lists, tuples, named tuples and dictionaries"
+                f"a network's output has a {type(leaf).__name__}; it can only be cut into samples if it is made of "
+                "tensors in lists, tuples, named tuples and dictionaries"
             )
     return map_tensors(lambda tensor: tensor[:first], output), map_tensors(lambda tensor: tensor[first:], output)
+
+
+def _leaves(structure: Any) -> Iterator[Any]:
+    """What is in lists, tuples and dictionaries, at whatever depth."""
+    if isinstance(structure, (list, tuple, dict)):
+        for part in structure.values() if isinstance(structure, dict) else structure:
+            yield from _leaves(part)
+    else:
+        yield structure
 
 
 def as_list(scales: Tensor | Sequence[Any]) -> Sequence[Any]:
