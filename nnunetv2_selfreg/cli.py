@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,24 +113,25 @@ def _add_split(commands: argparse._SubParsersAction) -> None:
 
 
 def _count_or_fraction(text: str) -> int | float:
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(text)
+    raise argparse.ArgumentTypeError(f"{text} is no number: give one of cases, as 8, or a fraction of them, as 0.1")
 
 
 def split(options: argparse.Namespace) -> int:
     """Appends the fold; prints its number and how to train on it."""
     from nnunetv2_selfreg.data import splits
 
-    number, fold = splits.append_fold(options.d, options.labeled, options.val, options.seed, options.in_order)
+    number, fold, is_new = splits.append_fold(options.d, options.labeled, options.val, options.seed, options.in_order)
     sizes = "{train} labelled, {unlabeled} unlabelled, {val} for validation".format(
         **{part: len(cases) for part, cases in fold.items()}
     )
-    print(f"Fold {number}: {sizes}. With your configuration instead of 3d_fullres:")
-    print(f"labelled only    nnUNetv2_train {options.d} 3d_fullres {number} -tr nnUNetTrainer")
+    dataset, there = shlex.quote(options.d), "" if is_new else " (there already)"
+    print(f"Fold {number}{there}: {sizes}. With your configuration instead of 3d_fullres:")
+    print(f"labelled only    nnUNetv2_train {dataset} 3d_fullres {number} -tr nnUNetTrainer")
     needs = "" if fold["unlabeled"] else "    (after nnUNetv2_selfreg preprocess_unlabeled)"
-    print(f"semi-supervised  nnUNetv2_train {options.d} 3d_fullres {number} -tr nnUNetTrainerCopyPaste{needs}")
+    print(f"semi-supervised  nnUNetv2_train {dataset} 3d_fullres {number} -tr nnUNetTrainerCopyPaste{needs}")
     return 0
 
 

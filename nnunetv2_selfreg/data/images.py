@@ -35,11 +35,28 @@ def list_cases(folder: Path, ending: str) -> dict[str, list[Path]]:
     return dict(cases)
 
 
-def why_misnamed(identifier: str, files: Sequence[Path], ending: str, labeled: set[str]) -> str | None:
-    """None if the names of a case's files are right, otherwise what is wrong with them."""
-    if files[0].name == identifier:
-        return f"the name has no channel number; expected {identifier.removesuffix(ending)}_0000{ending}"
+def why_misnamed(
+    identifier: str, files: Sequence[Path], ending: str, labeled: set[str], channels: Sequence[str]
+) -> str | None:
+    """None if the names of a case's files are right, otherwise what is wrong with them.
+
+    Args:
+        identifier: of the case, as :func:`list_cases` has found it.
+        files: its images.
+        ending: of image files.
+        labeled: identifiers of the cases with labels.
+        channels: names of the data set's channels.
+    """
     names = [file.name for file in files]
+    if names[0] == identifier:
+        return f"the name has no channel number; expected {identifier.removesuffix(ending)}_0000{ending}"
+    if len(files) > len(channels):
+        first = names[0].removesuffix(ending)
+        return (
+            f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''} look like {len(names)} channels of one case, and "
+            f"the data set has {len(channels)} ({', '.join(channels)}). The last four digits are the channel: if each "
+            f"file is a case of its own, its name is {first}_0000{ending}"
+        )
     for channel in range(len(files)):
         expected = f"{identifier}_{channel:04d}{ending}"
         if expected not in names:
@@ -52,18 +69,28 @@ def why_misnamed(identifier: str, files: Sequence[Path], ending: str, labeled: s
     return None
 
 
-def check_image(data: np.ndarray, channels: Sequence[str], is_2d: bool) -> None:
+def check_image(data: np.ndarray, channels: Sequence[str], is_2d: bool, axes: Sequence[int] = (0, 1, 2)) -> None:
     """Checks an image as nnU-Net reads it, channels first and a 2D one as a single slice, against its data set.
 
+    Args:
+        data: `(C, *spatial)`, of three spatial axes.
+        channels: names of the data set's channels.
+        is_2d: whether the data set is 2D.
+        axes: order in which the plans take the spatial axes (`transpose_forward`): slices lie along the first.
+
     Raises:
-        BadImageError: other channels or another dimension than the data set has, or values that are not finite.
+        BadImageError: other channels or another dimension than the data set has, values that are not finite, or
+            nothing but one value.
     """
     if len(data) != len(channels):
         raise BadImageError(f"{len(data)} of {len(channels)} channels ({', '.join(channels)}) are there")
-    fits = data.shape[1] == 1 if is_2d else 1 not in data.shape[1:]
+    shape = [data.shape[1 + axis] for axis in axes]
+    fits = shape[0] == 1 if is_2d else 1 not in shape
     if not fits:
         raise BadImageError(f"the data set is {2 if is_2d else 3}D, the image is not: its shape is {data.shape[1:]}")
     _check_finite(data)
+    if all(channel.min() == channel.max() for channel in data):
+        raise BadImageError(f"all of its voxels have the value {data.flat[0]:g}: there is nothing to be seen")
 
 
 def check_nifti(file: str) -> None:

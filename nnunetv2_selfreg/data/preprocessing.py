@@ -91,6 +91,7 @@ class Preprocessing:
                 image, body, stored = configuration.preprocessor_class(verbose=False).run_case_npy(
                     data, None, copy.deepcopy(properties), self.plans, configuration, self.dataset_json
                 )
+                check_size(image.shape[1:], configuration)
                 mask_outside(image, body, configuration.use_mask_for_norm)
                 store(image, stored, folder, identifier, configuration.patch_size)
         except BadImageError as reason:
@@ -115,7 +116,7 @@ class Preprocessing:
             raise BadImageError(f"cannot be read: {str(error) or printed.getvalue()}") from error
         if printed.getvalue():
             tqdm.write(f"{Path(files[0]).name}: {' '.join(printed.getvalue().split())}", file=sys.stderr)
-        check_image(data, self.channels, self.is_2d)
+        check_image(data, self.channels, self.is_2d, self.plans.transpose_forward)
         return data, properties
 
 
@@ -160,7 +161,7 @@ def preprocess_unlabeled(
         )
     tasks = {}
     for identifier, files in cases.items():
-        reason = why_misnamed(identifier, files, ending, labeled)
+        reason = why_misnamed(identifier, files, ending, labeled, job.channels)
         missing = outcome.folders if overwrite else job.missing(identifier)
         if reason is not None:
             _reject(outcome, identifier, reason)
@@ -185,6 +186,21 @@ def mask_outside(image: np.ndarray, body: np.ndarray, masked: Sequence[bool]) ->
     for channel, is_masked in zip(image, masked, strict=True):
         if is_masked:
             channel[body[0] < 0] = 0
+
+
+def check_size(shape: Sequence[int], configuration: ConfigurationManager) -> None:
+    """Checks the size of a preprocessed image.
+
+    Raises:
+        BadImageError: along every axis that the network pools it is smaller than one voxel of the bottleneck.
+    """
+    coarsest = np.prod(configuration.pool_op_kernel_sizes, axis=0)
+    within = np.asarray(shape)[-len(coarsest) :]  # in 2D without the axis of the slices
+    if (within < coarsest)[coarsest > 1].all():
+        raise BadImageError(
+            f"it is too small: {'x'.join(map(str, within))} voxels in the spacing of the plans, less than what a "
+            f"single voxel of the network's bottleneck sees ({'x'.join(map(str, coarsest))})"
+        )
 
 
 def store(image: np.ndarray, properties: dict, folder: Path, identifier: str, patch_size: Sequence[int]) -> None:

@@ -5,8 +5,11 @@ nnU-Net reads `train` and `val` and ignores `unlabeled`, so stock nnU-Net on suc
 
 from __future__ import annotations
 
+import difflib
 import random
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from batchgenerators.utilities.file_and_folder_operations import save_json
@@ -17,16 +20,18 @@ from nnunetv2_selfreg.errors import UserError
 from nnunetv2_selfreg.files import replacing
 
 Fold = dict[str, list[str]]
+PARTS = ("train", "unlabeled", "val")
 _NNUNETS_FOLDS = 5
 _REMEDY = "It is left as it is: restore it, or move it away, and nnU-Net's five folds are made anew."
 
 
 def append_fold(
     dataset: str, labeled: int | float, val: int | float = 0.2, seed: int = 0, in_order: bool = False
-) -> tuple[int, Fold]:
+) -> tuple[int, Fold, bool]:
     """Appends a fold to the data set's splits_final.json; the folds that are there stay as they are.
 
-    Where the file does not exist yet, nnU-Net's own five folds are made first. The file is replaced in one step.
+    Where the file does not exist yet, nnU-Net's own five folds are made first, if there are cases enough for them. The
+    file is replaced in one step. A fold that is there already is not appended again.
 
     Args:
         dataset: as given to nnU-Net's `-d`.
@@ -36,7 +41,7 @@ def append_fold(
         in_order: in the order of their names instead of shuffled.
 
     Returns:
-        Number and content of the new fold.
+        Number and content of the fold, and whether it is new.
 
     Raises:
         UserError: the data set is not preprocessed, a size is impossible, or the file is corrupt. Nothing is
@@ -48,10 +53,13 @@ def append_fold(
         fold = new_fold(cases, labeled, val, seed, in_order)
     except UserError as error:
         raise UserError(f"{folder.name}: {error}") from error
-    splits = folds_of(folder)
-    with replacing(folder / "splits_final.json") as part:
+    file = folder / "splits_final.json"
+    splits = folds_of(folder) if file.exists() or len(cases) >= _NNUNETS_FOLDS else []
+    if fold in splits:
+        return splits.index(fold), fold, False
+    with replacing(file) as part:
         save_json([*splits, fold], part)
-    return len(splits), fold
+    return len(splits), fold, True
 
 
 def new_fold(
@@ -101,8 +109,8 @@ def folds_of(folder: Path) -> list[Fold]:
         return read_splits(file)
     if len(cases) < _NNUNETS_FOLDS:
         raise UserError(
-            f"{file} does not exist, and {len(cases)} cases are too few for nnU-Net's five folds. "
-            'Write the file yourself; "[]" is enough.'
+            f"{file} does not exist, and {len(cases)} cases are too few for nnU-Net's five folds. Make a fold with "
+            "nnUNetv2_selfreg split, or train on all of them with fold all."
         )
     return generate_crossval_split(cases, seed=12345, n_splits=_NNUNETS_FOLDS)
 
@@ -111,7 +119,8 @@ def read_splits(file: Path) -> list[Fold]:
     """The folds of a splits_final.json.
 
     Raises:
-        UserError: it is not a list of folds with `train` and `val`, or an `unlabeled` is not a list of names.
+        UserError: it is not a list of folds with `train` and `val`, a part is not a list of names or has one twice, or
+            a fold has a part whose name is nearly `unlabeled`.
     """
     splits = read_json(file, _REMEDY)
     if not isinstance(splits, list):
@@ -119,10 +128,68 @@ def read_splits(file: Path) -> list[Fold]:
     for number, fold in enumerate(splits):
         if not (isinstance(fold, dict) and all(isinstance(fold.get(part), list) for part in ("train", "val"))):
             raise UserError(f"{file}: fold {number} has no lists 'train' and 'val'. {_REMEDY}")
-        unlabeled = fold.get("unlabeled", [])
-        if not (isinstance(unlabeled, list) and all(isinstance(case, str) for case in unlabeled)):
-            raise UserError(f"{file}: 'unlabeled' of fold {number} is not a list of identifiers. {_REMEDY}")
+        for part in PARTS:
+            _check_part(file, number, part, fold.get(part, []))
+        misspelled = difflib.get_close_matches("unlabeled", fold.keys() - {*PARTS}, 1)  # further entries are others'
+        if misspelled and "unlabeled" not in fold:
+            raise UserError(f"{file}: fold {number} has '{misspelled[0]}'. Rename it: 'unlabeled' is what is read.")
     return splits
+
+
+def _check_part(file: Path, number: int, part: str, cases: object) -> None:
+    if not (isinstance(cases, list) and all(isinstance(case, str) for case in cases)):
+        raise UserError(f"{file}: '{part}' of fold {number} is not a list of identifiers. {_REMEDY}")
+    if twice := sorted(case for case, count in Counter(cases).items() if count > 1):
+        raise UserError(f"{file}: '{part}' of fold {number} has {some(twice)} more than once. Correct it there.")
+
+
+def check_fold(file: Path, number: int, there: Collection[str]) -> None:
+    """Checks that a training can use a fold of splits_final.json, or of nnU-Net's own where there is no such file.
+
+    nnU-Net takes a random 80 % of all labels for a fold that does not exist.
+
+    Args:
+        file: splits_final.json.
+        number: of the fold.
+        there: identifiers of the preprocessed cases with labels.
+
+    Raises:
+        UserError: there is no such fold, it has nothing to train on or to validate, or lists a case that is not there.
+    """
+    splits = read_splits(file) if file.is_file() else None
+    count = _NNUNETS_FOLDS if splits is None else len(splits)
+    if not 0 <= number < count:
+        raise UserError(
+            f"There is no fold {number}: {file} has {f'0 to {count - 1}' if count else 'none'}. Give one of these, or "
+            "make one with nnUNetv2_selfreg split."
+        )
+    if splits is None:
+        return
+    for part in ("train", "val"):
+        cases = splits[number][part]
+        if not cases:
+            raise UserError(f"{file}: '{part}' of fold {number} is empty. List cases there, or take another fold.")
+        if missing := [case for case in cases if case not in there]:
+            raise UserError(
+                f"{file}: '{part}' of fold {number} lists {some(missing)}, and no such case is preprocessed."
+                f"{near_misses(missing, there)} Correct the file, or preprocess the case."
+            )
+
+
+def near_misses(missing: Iterable[str], there: Collection[str]) -> str:
+    """What may have been meant by identifiers that are not there, as a sentence; nothing if nothing is like them."""
+    for case in missing:
+        (alike,) = [known for known in there if re.fullmatch(rf"{re.escape(known)}(_\d{{4}})?(\.\w+)*", case)][:1] or (
+            difflib.get_close_matches(case, there, 1, 0.8) or [None]
+        )
+        if alike is not None:
+            return f" Is {alike} meant by {case}?"
+    return ""
+
+
+def some(cases: Sequence[str]) -> str:
+    """The first of many, for a message."""
+    return ", ".join(cases[:3]) + (f" and {len(cases) - 3} more" if len(cases) > 3 else "")
 
 
 def _how_many(option: str, amount: int | float, cases: int) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_selfreg.data.datasets import read_json
+from nnunetv2_selfreg.data.splits import near_misses, some
 from nnunetv2_selfreg.errors import UserError
 
 RECIPE_FILE = "preprocessing.json"
@@ -80,19 +81,19 @@ def find_pool(folder: Path, fold: Mapping[str, Iterable[str]], number: int | str
     missing = [case for case, file in files.items() if file is None]
     if missing:
         raise UserError(
-            f"Fold {number} lists {_some(missing)} as unlabeled, but neither {folder} nor {own_folder} has such a "
-            "case. Correct splits_final.json, or preprocess the case."
+            f"Fold {number} lists {some(missing)} as unlabeled, but neither {folder} nor {own_folder} has such a "
+            f"case.{near_misses(missing, _cases_in(folder))} Correct splits_final.json, or preprocess the case."
         )
     used = {"train": set(fold["train"]), "val": set(fold["val"])}
     for part, cases in used.items():
         if both := cases & set(listed):
             raise UserError(
-                f"Fold {number} has {_some(sorted(both))} in {part} and among the unlabelled cases. Take it out of one "
+                f"Fold {number} has {some(sorted(both))} in {part} and among the unlabelled cases. Take it out of one "
                 "of the two lists in splits_final.json."
             )
         if both := cases & set(finished):
             raise UserError(
-                f"Fold {number} has {_some(sorted(both))} in {part} and among the unlabelled cases. If its labels are "
+                f"Fold {number} has {some(sorted(both))} in {part} and among the unlabelled cases. If its labels are "
                 f"to count, delete its .b2nd and .pkl file in {own_folder}; otherwise take it out of {part} in "
                 "splits_final.json."
             )
@@ -111,5 +112,5 @@ def _image(folder: Path, case: str) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def _some(cases: list[str]) -> str:
-    return ", ".join(cases[:3]) + (f" and {len(cases) - 3} more" if len(cases) > 3 else "")
+def _cases_in(folder: Path) -> list[str]:
+    return sorted(file.stem for file in folder.glob("*.pkl"))

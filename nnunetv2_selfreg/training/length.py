@@ -5,6 +5,7 @@ nnU-Net itself ships a class for some numbers of epochs; here it is every number
 
 from __future__ import annotations
 
+import difflib
 import re
 
 import torch
@@ -12,16 +13,19 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-from nnunetv2_selfreg.discovery import external_folders
+from nnunetv2_selfreg.discovery import external_folders, list_trainers
 
 ACCEPTED = "<trainer>_<N>epochs or <trainer>_<N>epochs_<M>iters, N and M whole numbers from 1"
 _SUFFIX = re.compile(r"(?P<base>.*[^_])_(?P<epochs>[1-9][0-9]*)epochs(_(?P<iterations>[1-9][0-9]*)iters)?")
-_ATTEMPT = re.compile(r".*_[-+]?[0-9.,]+_?(epochs?|iters?|iterations?)(_.*)?", re.IGNORECASE)
+_ATTEMPT = re.compile(r".*_[-+]?[0-9.,]+_?(epochs?|iters?|iterations?)", re.IGNORECASE)
+_SOMETHING_LIKE_A_LENGTH = re.compile(r"[0-9]_?(epochs?|iters?)", re.IGNORECASE)
+_PREFIX = "nnUNetTrainer"
+_ALIKE = 0.8  # of 1, as difflib measures it
 _being_searched: set[str] = set()
 
 
-def trainer_of_length(name: str) -> type[nnUNetTrainer]:
-    """The trainer class that `name` asks for, if it ends in a training length.
+def trainer_of_name(name: str) -> type[nnUNetTrainer]:
+    """The trainer class that `name` asks for, if it ends in a training length; for others an error that helps.
 
     A class that really has this name wins: nnU-Net has looked among its own before it asks here, and all folders in
     `nnUNet_extTrainer` are searched first.
@@ -30,20 +34,47 @@ def trainer_of_length(name: str) -> type[nnUNetTrainer]:
         name: what was given to `-tr`.
 
     Raises:
-        AttributeError: `name` has nothing of such a suffix.
-        ValueError: `name` has a malformed suffix, or two of them.
-        RuntimeError: nnU-Net's own, when there is no trainer of the name before the suffix.
+        AttributeError: `name` is no trainer's, or there is nothing to say about it; nnU-Net's own error follows.
+        ValueError: `name` ends in a malformed length, or in two of them.
+        RuntimeError: nnU-Net's own, and what may have been meant: there is no trainer of the name, or of that before
+            the length.
     """
-    if name in _being_searched or not _ATTEMPT.fullmatch(name):
+    if name in _being_searched or not name.startswith(_PREFIX):
         raise AttributeError(f"{name} is not a trainer with a training length")
     existing = _class_of_that_name(name)
     if existing is not None:
         return existing
     match = _SUFFIX.fullmatch(name)
-    if match is None or _SUFFIX.fullmatch(match["base"]):
+    if match and not _SUFFIX.fullmatch(match["base"]):
+        base = _find(match["base"])
+        return with_length(base, name, int(match["epochs"]), int(match["iterations"]) if match["iterations"] else None)
+    if _ATTEMPT.fullmatch(name):
         raise ValueError(f"The trainer name {name} has a malformed training length. Accepted: {ACCEPTED}")
-    base = recursive_find_trainer_class_by_name(match["base"])
-    return with_length(base, name, int(match["epochs"]), int(match["iterations"]) if match["iterations"] else None)
+    if _hint(name):
+        _find(name)
+    raise AttributeError(f"{name} is not a trainer with a training length")
+
+
+def _find(name: str) -> type[nnUNetTrainer]:
+    """As nnU-Net finds a trainer; its error ends in what may have been meant."""
+    _being_searched.add(name)
+    try:
+        return recursive_find_trainer_class_by_name(name)
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}. {_hint(name)}".rstrip()) from None
+    finally:
+        _being_searched.discard(name)
+
+
+def _hint(name: str) -> str:
+    """What may have been meant by a name that nothing has; nothing if it is like none."""
+    known = {trainer.name.removeprefix(_PREFIX).lower(): trainer.name for trainer in list_trainers()}
+    (alike,) = difflib.get_close_matches(name.removeprefix(_PREFIX).lower(), known, 1, _ALIKE) or [None]
+    if alike is not None:
+        return f"Did you mean {known[alike]}?"
+    if _SOMETHING_LIKE_A_LENGTH.search(name):
+        return f"If a training length is meant, it is {ACCEPTED}."
+    return ""
 
 
 def with_length(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,9 +13,12 @@ from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from torch import distributed as dist
 from torch import nn
 
+from nnunetv2_selfreg.data.foreground import Foreground
+from nnunetv2_selfreg.data.splits import check_fold
 from nnunetv2_selfreg.errors import UserError
 from nnunetv2_selfreg.files import replacing
 from nnunetv2_selfreg.losses.terms import Terms
+from nnunetv2_selfreg.tensors import at_full_resolution
 from nnunetv2_selfreg.training.progress import add_terms_panel
 
 if TYPE_CHECKING:
@@ -31,6 +35,7 @@ class ReliableTraining(_Trainer):
 
     * A checkpoint is written beside its place and renamed: a kill at any moment leaves the last one whole.
     * A loss that is not finite, in training or validation, stops the run before anything is saved.
+    * A label that the data set does not have stops it too, named with its case; labels with gaps do before it starts.
     * What the losses note in `terms` is logged each epoch with nnU-Net's logger: in the log file, in a panel of
       `progress.png`, in Weights & Biases, in the checkpoint.
 
@@ -43,15 +48,24 @@ class ReliableTraining(_Trainer):
     """What `_build_loss` made, whatever has wrapped `loss` since, as SelfReg does."""
 
     def initialize(self) -> None:
+        self._refuse_gaps_in_labels()
         self.terms = Terms()
         super().initialize()
         self.segmentation_loss = self.loss
+        self.foreground = Foreground.of(self.label_manager)
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        if self.fold != "all":
+            there = set(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))
+            check_fold(Path(self.preprocessed_dataset_folder_base) / "splits_final.json", self.fold, there)
+        return super().do_split()
 
     def optimise(self, batch: dict) -> dict:
         """One optimisation step, nnU-Net's here. Returns what nnUNetTrainer.train_step returns, `{"loss": array}`."""
         return super().train_step(batch)
 
     def train_step(self, batch: dict) -> dict:
+        self._refuse_unknown_labels(batch)
         self.terms.clear()
         outputs = self.optimise(batch)
         terms = {name: float(term) for name, term in self.terms.items()}
@@ -59,6 +73,7 @@ class ReliableTraining(_Trainer):
         return {**outputs, **terms}
 
     def validation_step(self, batch: dict) -> dict:
+        self._refuse_unknown_labels(batch)
         outputs = super().validation_step(batch)
         self._stop_unless_finite({"validation loss": outputs["loss"]}, batch)
         return outputs
@@ -129,6 +144,29 @@ class ReliableTraining(_Trainer):
         )
         self.print_to_log_file(message, also_print_to_console=False)
         raise FloatingPointError(message)
+
+    def _refuse_gaps_in_labels(self) -> None:
+        """nnU-Net's losses take labels for indices; of regions it makes its own numbers."""
+        labels = sorted(self.label_manager.all_labels)
+        if self.label_manager.has_regions or labels == list(range(len(labels))):
+            return
+        raise UserError(
+            f"dataset.json of {self.plans_manager.dataset_name} has the labels {', '.join(map(str, labels))}. They "
+            f"must be consecutive: 0 to {len(labels) - 1}. Renumber them there and in the files in labelsTr, and "
+            "preprocess again."
+        )
+
+    def _refuse_unknown_labels(self, batch: dict) -> None:
+        """A label out of range would end a GPU's work with an assertion that names nothing."""
+        unknown = self.foreground.unknown_labels(at_full_resolution(batch["target"]))
+        if unknown:
+            found = ", ".join(f"{label} in {batch['keys'][sample]}" for sample, label in unknown.items())
+            message = (
+                f"Not among the data set's labels: {found}, of {self.preprocessed_dataset_folder}. Correct the files "
+                "in labelsTr, and preprocess again."
+            )
+            self.print_to_log_file(message, also_print_to_console=False)
+            raise ValueError(message)
 
     def _where_to_continue(self) -> str:
         for name in ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"):  # nnU-Net's order for --c

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nnunetv2_selfreg.data.batch import Batch
-from nnunetv2_selfreg.data.foreground import Foreground
 from nnunetv2_selfreg.losses.consistency import gaussian_ramp_up
 from nnunetv2_selfreg.losses.terms import Weighted
-from nnunetv2_selfreg.tensors import at_full_resolution, map_tensors
+from nnunetv2_selfreg.tensors import map_tensors
 from nnunetv2_selfreg.training.loading import TwoStreams
 
 
@@ -74,7 +73,6 @@ class SemiSupervised(TwoStreams):
     def initialize(self) -> None:
         self._require("ramp_up_length", self.ramp_up_length > 0, "greater than 0")
         super().initialize()
-        self.foreground = Foreground.of(self.label_manager)
 
     def on_train_epoch_start(self) -> None:
         self._steps_in_epoch = 0
@@ -82,7 +80,6 @@ class SemiSupervised(TwoStreams):
 
     def optimise(self, batch: dict) -> dict:
         # nnU-Net's train_step with another loss: it has no seam between forward pass and loss.
-        self._refuse_unknown_labels(batch)
         trained = self.trained_modules()
         for _, optimizer in trained:
             optimizer.zero_grad(set_to_none=True)
@@ -109,19 +106,3 @@ class SemiSupervised(TwoStreams):
     def trained_modules(self) -> list[tuple[nn.Module, Optimizer]]:
         """What a step optimises. The gradients of each module are clipped on their own, as nnU-Net clips them."""
         return [(self.network, self.optimizer)]
-
-    def validation_step(self, batch: dict) -> dict:
-        self._refuse_unknown_labels(batch)
-        return super().validation_step(batch)
-
-    def _refuse_unknown_labels(self, batch: dict) -> None:
-        """A label out of range would end a GPU's work with an assertion that names nothing."""
-        unknown = self.foreground.unknown_labels(at_full_resolution(batch["target"]))
-        if unknown:
-            found = ", ".join(f"{label} in {batch['keys'][sample]}" for sample, label in unknown.items())
-            message = (
-                f"Not among the data set's labels: {found}, of {self.preprocessed_dataset_folder}. Correct the files "
-                "in labelsTr, and preprocess again."
-            )
-            self.print_to_log_file(message, also_print_to_console=False)
-            raise ValueError(message)

@@ -32,9 +32,11 @@ BAD = {
     "flat": "the data set is 3D, the image is not",
     "unnumbered.nii.gz": "expected unnumbered_0000.nii.gz",
     "late": "channel 0 is missing (late_0000.nii.gz)",
-    "gap": "channel 1 is missing (gap_0001.nii.gz)",
-    "pair": "2 of 1 channels (MRI) are there",
-    "unequal": "same shape",
+    "gap": "look like 2 channels of one case, and the data set has 1 (MRI)",
+    "pair": "if each file is a case of its own, its name is pair_0000_0000.nii.gz",
+    "black": "all of its voxels have the value 0",
+    "tiny": "it is too small: ",
+    "unequal": "look like 2 channels of one case",
     "phantom_000": "a labelled case of the data set has this identifier",
 }
 """What is wrong with each bad case of `write_bad`."""
@@ -59,6 +61,8 @@ def write_bad(folder: Path) -> None:
         shutil.copy(whole, folder / f"{name}.nii.gz")
     write(folder / "unequal_0001.nii.gz", image[1:])
     write(folder / "flat_0000.nii.gz", image[:1])
+    write(folder / "black_0000.nii.gz", np.zeros_like(image))
+    write(folder / "tiny_0000.nii.gz", image[8:10, 12:14, 12:14])
     (folder / "truncated_0000.nii.gz").write_bytes(whole.read_bytes()[:-5000])
     (folder / "text_0000.nii.gz").write_text("not an image")
     (folder / "no_image_0000.nii.gz").write_bytes(gzip.compress(b"no image"))
@@ -336,9 +340,28 @@ def test_values_of_other_formats_are_checked_too():
         images.check_image(np.array([[[[1, np.inf]]]]), ["T1"], True)
 
 
-@pytest.mark.parametrize(("shape", "is_2d"), [((2, 1, 8, 8), True), ((2, 8, 8, 8), False)])
-def test_image_that_fits_its_data_set(shape, is_2d):
-    images.check_image(np.zeros(shape), ["T1", "T2"], is_2d)
+SAGITTAL = (2, 0, 1)  # the order of axes where slices lie along the last one
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_2d", "axes"),
+    [((2, 1, 8, 8), True, (0, 1, 2)), ((2, 8, 8, 8), False, (0, 1, 2)), ((2, 8, 8, 1), True, SAGITTAL)],
+)
+def test_image_that_fits_its_data_set(shape, is_2d, axes):
+    images.check_image(np.arange(np.prod(shape)).reshape(shape), ["T1", "T2"], is_2d, axes)
+
+
+@pytest.mark.parametrize(("channels", "fits"), [([0, 0], False), ([3, -2], False), ([0, None], True)])
+def test_image_of_nothing_but_one_value_is_refused_unless_another_channel_has_more(channels, fits):
+    image = np.arange(2 * 64.0).reshape(2, 4, 4, 4)
+    for channel, value in zip(image, channels, strict=True):
+        if value is not None:
+            channel[:] = value
+    if fits:
+        images.check_image(image, ["T1", "T2"], False)
+        return
+    with pytest.raises(images.BadImageError, match=f"all of its voxels have the value {channels[0]}: "):
+        images.check_image(image, ["T1", "T2"], False)
 
 
 @pytest.mark.parametrize(
@@ -348,6 +371,7 @@ def test_image_that_fits_its_data_set(shape, is_2d):
         ((2, 8, 8, 8), True, "the data set is 2D"),
         ((2, 1, 8, 8), False, "the data set is 3D"),
         ((2, 8, 8, 1), False, "the data set is 3D"),
+        ((2, 8, 8, 1), True, "the data set is 2D"),
     ],
 )
 def test_image_that_does_not_fit_its_data_set(shape, is_2d, reason):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -149,10 +150,11 @@ def test_impossible_size_writes_nothing(folder, capsys, labeled):
     assert not (folder / "splits_final.json").exists()
 
 
-def test_size_that_is_no_number(folder, capsys):
+@pytest.mark.parametrize("size", ["abc", "0,1"])
+def test_size_that_is_no_number(size, folder, capsys):
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["split", "-d", "5", "--labeled", "some"])
-    assert "--labeled" in capsys.readouterr().err
+        cli.main(["split", "-d", "5", "--labeled", size])
+    assert f"--labeled: {size} is no number: give one of cases, as 8, or a fraction" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dataset", ["6", "Few"])
@@ -184,10 +186,26 @@ def test_data_set_without_labels(folder, capsys):
     assert "has no .nii.gz file" in error_of(capsys, "split", "-d", "5", "--labeled", "2")
 
 
-def test_too_few_cases_for_the_five_folds(folder, capsys):
-    for case in CASES[:2]:
+def test_with_too_few_cases_for_nnunets_five_folds_it_is_the_first(folder, capsys):
+    for case in CASES[:4]:
         (folder / "gt_segmentations" / f"{case}.nii.gz").unlink()
-    assert "4 cases are too few for nnU-Net's five folds" in error_of(capsys, "split", "-d", "5", "--labeled", "1")
+    assert cli.main(["split", "-d", "5", "--labeled", "1", "--val", "1", "--sorted"]) == 0
+    assert read(folder) == [{"train": [CASES[4]], "unlabeled": [], "val": [CASES[5]]}]
+    assert capsys.readouterr().out.startswith("Fold 0: 1 labelled, 0 unlabelled, 1 for validation")
+
+
+def test_the_same_fold_again_is_named_and_not_appended(folder, capsys):
+    for start in ("Fold 5: ", "Fold 5 (there already): "):
+        assert cli.main(["split", "-d", "5", "--labeled", "2"]) == 0
+        assert capsys.readouterr().out.startswith(start + "2 labelled")
+        assert len(read(folder)) == 6
+
+
+def test_printed_lines_can_be_pasted_into_a_shell(folder, capsys):
+    folder.rename(folder.with_name("Dataset005_Few (new)"))
+    assert cli.main(["split", "-d", "Dataset005_Few (new)", "--labeled", "2"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "nnUNetTrainerCopyPaste" in line)
+    assert shlex.split(line)[1:3] == ["nnUNetv2_train", "Dataset005_Few (new)"]
 
 
 def test_folder_variable_that_is_not_set(capsys, monkeypatch):

@@ -1,7 +1,6 @@
 """Two tasks: what the losses are, what trains, what is saved, and what is refused."""
 
 import copy
-import re
 from pathlib import Path
 
 import numpy as np
@@ -293,19 +292,6 @@ def test_class_that_never_occurs_costs_nothing(run):
     distance = outputs[DISTANCE_TERM[run.trainer.removesuffix(LENGTH)]]
     assert distance == (-1 if "Mutual" in run.trainer else 0)  # a Dice loss of 1, or an error of 0
     assert not any(p.grad.any() for p in trainer.distance_partner.module.parameters() if p.grad is not None)
-
-
-@pytest.mark.parametrize("family", [*FAMILIES, "nnUNetTrainerMeanTeacher"])
-@pytest.mark.parametrize("label", [3, 7, -1])
-def test_label_that_the_data_set_does_not_have_is_named_with_its_case(family, label, data_sets, results):
-    trainer = start(Run(data_sets.name("labels"), "2d", family + LENGTH).build())
-    batch = next(trainer.dataloader_train)
-    batch["target"][0][1, 0, 0, 0] = label
-    found = f"Not among the data set's labels: {label} in {batch['keys'][1]}, of {trainer.preprocessed_dataset_folder}"
-    for step in (trainer.train_step, trainer.validation_step):
-        with pytest.raises(ValueError, match=re.escape(found)):
-            step(batch)
-    assert Path(trainer.log_file).read_text().count(found) == 2
 
 
 def primus(plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True):

@@ -115,6 +115,34 @@ def test_unknown_trainer_is_nnunets_own_error(name):
         find(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("nnUNetTrainerSelfreg", "nnUNetTrainerSelfReg"),
+        ("nnUNetTrainerMeanTeachr", "nnUNetTrainerMeanTeacher"),
+        ("nnUNetTrainerUXnet_5epochs", "nnUNetTrainerUXNet"),
+        ("nnUNetTrainerCopypaste_2epochs_20iters", "nnUNetTrainerCopyPaste"),
+    ],
+)
+def test_near_miss_is_named_in_the_error_that_is_seen_last(name, meant):
+    with pytest.raises(RuntimeError, match=rf"Could not find requested nnunet trainer .*Did you mean {meant}\?$"):
+        find(name)
+
+
+def test_foreign_name_with_something_like_a_length_is_not_found(folder_of_a_user):
+    name = "nnUNetTrainer_2000_epochs_DA5NoMirroring"
+    hint = r"If a training length is meant, it is <trainer>_<N>epochs or .*\.$"
+    with pytest.raises(RuntimeError, match=rf"Could not find requested nnunet trainer {name} .*{hint}"):
+        find(name)
+    folder_of_a_user(own=OWN.format(name=name))
+    assert find(name).mine
+
+
+def test_name_of_a_user_that_is_like_one_of_ours_wins(folder_of_a_user):
+    folder_of_a_user(own=OWN.format(name="nnUNetTrainerSelfReg2"))
+    assert find("nnUNetTrainerSelfReg2").mine
+
+
 def test_other_names_are_not_answered():
     with pytest.raises(AttributeError):
-        length.trainer_of_length("__path__")
+        length.trainer_of_name("__path__")

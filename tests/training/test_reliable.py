@@ -1,6 +1,8 @@
 """Checkpoints that survive a kill, and no training on nonsense."""
 
 import math
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from workspace import InProcess, Run, command
+from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from workspace import InProcess, Run, command, start
+
+from nnunetv2_selfreg.errors import UserError
 
 SELFREG = "nnUNetTrainerSelfReg_2epochs_2iters"
 
@@ -194,3 +199,89 @@ def test_progress_picture_grows_by_the_panel_of_the_terms(run, monkeypatch):
     run.build().run_training()
     with Image.open(run.folder / "progress.png") as picture:
         assert picture.size == (3000, 5400 + 1800)
+
+
+FAMILIES = ("SelfReg", "MeanTeacher", "DualTask", "DualTaskMutual", "CopyPaste", "TinyUXNet", "TinyKMaxUXNet")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("label", [3, 7, -1])
+def test_label_that_the_data_set_does_not_have_is_named_with_its_case(family, label, run):
+    trainer = start(Run(run.data_set, "2d", f"nnUNetTrainer{family}_2epochs_2iters").build())
+    batch = next(trainer.dataloader_train)
+    batch["target"][0][1, 0, 0, 0] = label
+    found = f"Not among the data set's labels: {label} in {batch['keys'][1]}, of {trainer.preprocessed_dataset_folder}"
+    for step in (trainer.train_step, trainer.validation_step):
+        with pytest.raises(ValueError, match=re.escape(found)):
+            step(batch)
+    assert Path(trainer.log_file).read_text().count(found) == 2
+
+
+@pytest.mark.parametrize("family", ["SelfReg", "MeanTeacher", "TinyUXNet"])
+def test_labels_with_a_gap_are_an_error_before_anything_starts(family, run):
+    trainer = Run(run.data_set, "2d", f"nnUNetTrainer{family}").build()
+    trainer.dataset_json["labels"] = {"background": 0, "atrium": 1, "veins": 3}
+    trainer.label_manager = trainer.plans_manager.get_label_manager(trainer.dataset_json)
+    with pytest.raises(UserError, match=f"dataset.json of {run.data_set} has the labels 0, 1, 3. .*: 0 to 2. Renumber"):
+        trainer.initialize()
+
+
+@pytest.fixture
+def splits(run, tmp_path, monkeypatch):
+    """Writes the folds of a copy of the data set."""
+    source = Path(run.build().preprocessed_dataset_folder_base)
+    shutil.copytree(source, tmp_path / "preprocessed" / source.name)
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+    file = tmp_path / "preprocessed" / source.name / "splits_final.json"
+
+    def write(change):
+        folds = load_json(str(file))
+        change(folds)
+        save_json(folds, str(file))
+
+    return write
+
+
+@pytest.mark.parametrize("family", ["SelfReg", "MeanTeacher", "TinyUXNet"])
+def test_fold_that_does_not_exist_is_an_error_that_names_those_there_are(family, run):
+    """Stock trains on a random 80 % of all labels, which would ruin a comparison with few."""
+    trainer = Run(run.data_set, "2d", f"nnUNetTrainer{family}", 99).build()
+    trainer.initialize()
+    with pytest.raises(UserError, match=r"no fold 99: .*splits_final.json has 0 to 1. .*nnUNetv2_selfreg split"):
+        trainer.get_dataloaders()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folds: folds[0].update(train=[]), "'train' of fold 0 is empty"),
+        (lambda folds: folds[0].update(val=[]), "'val' of fold 0 is empty"),
+        (
+            lambda folds: folds[0]["train"].append("phantom_000_0000.nii.gz"),
+            "lists phantom_000_0000.nii.gz, and no such case is preprocessed. Is phantom_000 meant by",
+        ),
+        (lambda folds: folds[0]["val"].append("Phantom_001"), "Is phantom_001 meant by Phantom_001[?]"),
+        (
+            lambda folds: folds[0]["train"].append("elsewhere"),
+            "lists elsewhere, and no such case is preprocessed. Corr",
+        ),
+        (lambda folds: folds[1].update(train="phantom_000"), "fold 1 has no lists 'train' and 'val'"),
+        (lambda folds: folds[0].update(unlabelled=["x"]), "has 'unlabelled'. Rename it: 'unlabeled' is what"),
+        (lambda folds: folds[0].update(unlabeled="x"), "'unlabeled' of fold 0 is not a list"),
+        (lambda folds: folds[0].update(train=folds[0]["train"] * 2), "'train' of fold 0 has .* more than once"),
+    ],
+)
+@pytest.mark.parametrize("family", ["SelfReg", "MeanTeacher"])
+def test_fold_that_cannot_be_used_is_an_error_before_workers_start(family, change, message, run, splits):
+    splits(change)
+    trainer = Run(run.data_set, "2d", f"nnUNetTrainer{family}").build()
+    trainer.initialize()
+    with pytest.raises(UserError, match=message):
+        trainer.get_dataloaders()
+
+
+def test_entries_of_others_in_a_fold_are_left_alone(run, splits):
+    splits(lambda folds: folds[0].update(comment="made by hand", seed=3))
+    trainer = run.build()
+    trainer.initialize()
+    assert len(trainer.do_split()[0]) == 3
