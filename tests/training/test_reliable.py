@@ -263,7 +263,7 @@ def test_fold_that_does_not_exist_is_an_error_that_names_those_there_are(family,
         (lambda folds: folds[0]["val"].append("Phantom_001"), "Is phantom_001 meant by Phantom_001[?]"),
         (
             lambda folds: folds[0]["train"].append("elsewhere"),
-            "lists elsewhere, and no such case is preprocessed. Corr",
+            "lists elsewhere, and no such case is preprocessed. C",
         ),
         (lambda folds: folds[1].update(train="phantom_000"), "fold 1 has no lists 'train' and 'val'"),
         (lambda folds: folds[0].update(unlabelled=["x"]), "has 'unlabelled'. Rename it: 'unlabeled' is what"),
