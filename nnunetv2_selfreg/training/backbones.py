@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
 from nnunetv2_selfreg.networks.kmax import QUERIES, KMaxUXNet
 from nnunetv2_selfreg.networks.swin import SwinUNETR
 from nnunetv2_selfreg.networks.uxnet import UXNet
+from nnunetv2_selfreg.training.checks import check_patch
 from nnunetv2_selfreg.training.optimizers import WarmUpAdamW
 from nnunetv2_selfreg.training.queries import QuerySegmentation
 
@@ -139,20 +139,3 @@ class SwinUNETRBackbone(Backbone):
     def initialize(self) -> None:
         self.enable_deep_supervision = False
         super().initialize()
-
-
-def check_patch(patch_size: list[int], strides: list[list[int]]) -> None:
-    """Raises ValueError if a network of these strides cannot take the patch: a side is not divisible, or the
-    bottleneck would be a single voxel, of which instance norm can make nothing."""
-    total = np.prod(strides, axis=0)
-    sizes = np.asarray(patch_size)
-    if (sizes % total).any():
-        raise ValueError(
-            f"the patch size {sizes.tolist()} is not divisible by the product of the strides, {total.tolist()}. Plan "
-            "anew, or correct patch_size in the plans file."
-        )
-    if (sizes == total).all():
-        raise ValueError(
-            f"the patch size {sizes.tolist()} leaves a single voxel in the bottleneck. Take a larger patch or fewer "
-            "stages."
-        )

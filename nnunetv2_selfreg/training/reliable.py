@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import distributed as dist
 from torch import nn
 
@@ -19,13 +20,10 @@ from nnunetv2_selfreg.errors import UserError
 from nnunetv2_selfreg.files import replacing
 from nnunetv2_selfreg.losses.terms import Terms
 from nnunetv2_selfreg.tensors import at_full_resolution
+from nnunetv2_selfreg.training.checks import check_labels, check_patch
 from nnunetv2_selfreg.training.progress import add_terms_panel
 
-if TYPE_CHECKING:
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer as _Trainer
-else:
-    _Trainer = object  # a mixin: the composed class brings the trainer
-
+_Trainer = nnUNetTrainer if TYPE_CHECKING else object  # a mixin: the composed class brings the trainer
 
 EXTRA_STATE = "nnunetv2_selfreg"  # the key of our entries in nnU-Net's checkpoints
 
@@ -48,11 +46,21 @@ class ReliableTraining(_Trainer):
     """What `_build_loss` made, whatever has wrapped `loss` since, as SelfReg does."""
 
     def initialize(self) -> None:
-        self._refuse_gaps_in_labels()
+        check_labels(self.label_manager, self.plans_manager.dataset_name)
+        self._check_patch_of_planned_network()
         self.terms = Terms()
         super().initialize()
         self.segmentation_loss = self.loss
         self.foreground = Foreground.of(self.label_manager)
+
+    def _check_patch_of_planned_network(self) -> None:
+        """A U-Net's skip connections would end in an error about sizes of tensors; other networks see for themselves."""
+        strides = self.configuration_manager.network_arch_init_kwargs.get("strides")
+        if strides and type(self).build_network_architecture is nnUNetTrainer.build_network_architecture:
+            try:
+                check_patch(self.configuration_manager.patch_size, strides)
+            except ValueError as error:
+                raise ValueError(f"{self.configuration_name} of {self.plans_manager.plans_name}: {error}") from error
 
     def do_split(self) -> tuple[list[str], list[str]]:
         if self.fold != "all":
@@ -144,17 +152,6 @@ class ReliableTraining(_Trainer):
         )
         self.print_to_log_file(message, also_print_to_console=False)
         raise FloatingPointError(message)
-
-    def _refuse_gaps_in_labels(self) -> None:
-        """nnU-Net's losses take labels for indices; of regions it makes its own numbers."""
-        labels = sorted(self.label_manager.all_labels)
-        if self.label_manager.has_regions or labels == list(range(len(labels))):
-            return
-        raise UserError(
-            f"dataset.json of {self.plans_manager.dataset_name} has the labels {', '.join(map(str, labels))}. They "
-            f"must be consecutive: 0 to {len(labels) - 1}. Renumber them there and in the files in labelsTr, and "
-            "preprocess again."
-        )
 
     def _refuse_unknown_labels(self, batch: dict) -> None:
         """A label out of range would end a GPU's work with an assertion that names nothing."""
