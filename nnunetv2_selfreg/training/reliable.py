@@ -54,7 +54,7 @@ class ReliableTraining(_Trainer):
         self.foreground = Foreground.of(self.label_manager)
 
     def _check_patch_of_planned_network(self) -> None:
-        """A U-Net's skip connections would end in an error about sizes of tensors; other networks see for themselves."""
+        """A U-Net's skip connections would end in an error about sizes of tensors; other networks check themselves."""
         strides = self.configuration_manager.network_arch_init_kwargs.get("strides")
         if strides and type(self).build_network_architecture is nnUNetTrainer.build_network_architecture:
             try:
