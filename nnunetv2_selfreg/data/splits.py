@@ -131,7 +131,7 @@ def read_splits(file: Path) -> list[Fold]:
         for part in PARTS:
             _check_part(file, number, part, fold.get(part, []))
         misspelled = difflib.get_close_matches("unlabeled", fold.keys() - {*PARTS}, 1)  # further entries are others'
-        if misspelled and "unlabeled" not in fold:
+        if misspelled:
             raise UserError(f"{file}: fold {number} has '{misspelled[0]}'. Rename it: 'unlabeled' is what is read.")
     return splits
 
