@@ -46,7 +46,8 @@ class FeatureTaps:
         self._tapped = [*encoder[1:], *decoder]
         self._collected: list[Tensor | None] = [None] * len(self._tapped)
         for index, stage in enumerate(self._tapped):
-            stage.register_forward_hook(self._hook(stage, index))
+            # Before other hooks, as dropout's: what is read is the stage's own output.
+            stage.register_forward_hook(self._hook(stage, index), prepend=True)
 
     @staticmethod
     def blocks(network: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -117,8 +118,8 @@ def stages_of(network: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     encoder, decoder = (list(getattr(getattr(network, part, None), "stages", ())) for part in ("encoder", "decoder"))
     if not encoder or not decoder:
         raise NotImplementedError(
-            f"{type(network).__name__} has no encoder.stages and decoder.stages to read feature maps from. Use a plan "
-            "whose network has them, such as PlainConvUNet or ResidualEncoderUNet."
+            f"{type(network).__name__} has no encoder.stages and decoder.stages, whose feature maps are needed. Use a "
+            "plan whose network has them, such as PlainConvUNet or ResidualEncoderUNet."
         )
     return encoder, decoder
 

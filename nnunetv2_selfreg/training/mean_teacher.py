@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 from nnunetv2_selfreg.data.batch import Batch
-from nnunetv2_selfreg.losses.consistency import certain_voxels, probabilities, squared_consistency
+from nnunetv2_selfreg.losses.consistency import (
+    certain_voxels,
+    gaussian_ramp_up,
+    probabilities,
+    squared_consistency,
+)
 from nnunetv2_selfreg.losses.terms import Weighted
+from nnunetv2_selfreg.networks.dropout import add_dropout
+from nnunetv2_selfreg.networks.features import unwrap
 from nnunetv2_selfreg.tensors import at_full_resolution
 from nnunetv2_selfreg.training.teacher import WithTeacher
 
@@ -58,19 +65,29 @@ class MeanTeacher(WithTeacher):
 class UncertaintyAwareMeanTeacher(MeanTeacher):
     """Mean teacher that teaches where it is certain (UA-MT, Yu et al., MICCAI 2019).
 
-    Several noisy passes of the teacher give a mean probability, whose entropy is the uncertainty; only voxels below
-    `(0.75 + 0.25 ramp) u_max` count, see :func:`certain_voxels`. What is taught is one further pass, as released.
+    Several passes of the teacher, with noise and dropout, give a mean probability, whose entropy is the uncertainty;
+    only voxels below `(0.75 + 0.25 ramp(t)) u_max` count, see :func:`certain_voxels`. That ramp lasts the whole
+    training, as released, wherever the weight's ends. What is taught is one further pass, as released.
+
+    Student and teacher have dropout, see :func:`add_dropout`. The published V-Net brings it, nnU-Net's networks have
+    none; that it comes through hooks is ours, as is that SelfReg reads what the stages gave before it.
     """
 
     teacher_passes: int = 8
-    """Noisy passes of the teacher whose mean gives the uncertainty; the published number."""
+    """Passes of the teacher whose mean gives the uncertainty; the published number."""
+    dropout: float = 0.5
+    """Probability that a channel of the bottleneck or of the last decoder stage is dropped, in training mode; the
+    published value."""
 
     def initialize(self) -> None:
         self._require("teacher_passes", self.teacher_passes >= 1, "1 at least")
+        self._require("dropout", 0 <= self.dropout < 1, "in [0, 1)")
         super().initialize()
+        for network in (unwrap(self.network), self.teacher.module):
+            add_dropout(network, self.dropout)
 
     def teach(self, weak: Tensor) -> tuple[Tensor, Tensor | None]:
         mean = sum(self._noisy_probabilities(weak) for _ in range(self.teacher_passes)) / self.teacher_passes
-        kept = certain_voxels(mean, self.label_manager.has_regions, self.ramp)
+        kept = certain_voxels(mean, self.label_manager.has_regions, gaussian_ramp_up(self.progress))
         self.terms["kept_voxels"] = kept.float().mean()
         return self._noisy_probabilities(weak), kept

@@ -132,7 +132,7 @@ def test_noise_of_the_teacher_is_clipped(run):
     assert len(inputs) == 1
 
 
-@pytest.mark.parametrize("epoch", [0, 3])
+@pytest.mark.parametrize("epoch", [0, 2, 3])  # the weight's ramp has ended at the last two, the threshold's goes on
 def test_uncertainty_is_of_the_passes_and_the_target_one_more(epoch, run):
     aware = Run(run.data_set, run.configuration, "nnUNetTrainerUAMeanTeacher_4epochs_2iters")
     trainer = start(aware.build())
@@ -140,7 +140,6 @@ def test_uncertainty_is_of_the_passes_and_the_target_one_more(epoch, run):
     batch = next(trainer.dataloader_train)
     passes, one_pass = [], trainer._noisy_probabilities
     trainer._noisy_probabilities = lambda weak: passes.append(one_pass(weak)) or passes[-1]
-    trainer.ramp_up_length = 1.0
     target, kept = trainer.teach(batch["data_weak"])
     assert len(passes) == 9
     assert target is passes[8]
@@ -151,6 +150,36 @@ def test_uncertainty_is_of_the_passes_and_the_target_one_more(epoch, run):
     classes = mean.shape[1]
     margin = (entropy - threshold * np.log(classes)).abs() > 1e-5
     torch.testing.assert_close(kept[margin], (entropy < threshold * np.log(classes))[margin])
+
+
+def test_passes_disagree_by_dropout_which_validation_has_not(run):
+    aware = Run(run.data_set, run.configuration, "nnUNetTrainerUAMeanTeacher_4epochs_2iters")
+    trainer = start(aware.build())
+    trainer.teacher_noise = 0.0
+    batch = next(trainer.dataloader_train)
+    assert not torch.equal(*(trainer.teacher_probabilities(batch["data_weak"]) for _ in range(2)))
+    assert not torch.equal(*(trainer.network(batch["data"])[0] for _ in range(2)))
+    trainer.network.eval()
+    torch.testing.assert_close(*(trainer.network(batch["data"])[0] for _ in range(2)))
+    plain = start(run.build())
+    assert list(trainer.network.state_dict()) == list(plain.network.state_dict())
+    torch.testing.assert_close(*(plain.network(batch["data"])[0] for _ in range(2)))
+
+
+def test_kept_share_follows_the_whole_training(run):
+    """Of probabilities whose uncertainties are spread evenly: 0.75 at first, at 40 % still far from all."""
+    trainer = start(Run(run.data_set, run.configuration, "nnUNetTrainerUAMeanTeacher_10epochs_2iters").build())
+    entropies = torch.linspace(0, 1, 1001)[:-1]  # in units of the largest
+    foreground = torch.linspace(0, 0.5, 100001, dtype=torch.float64)
+    curve = -(foreground * foreground.log2().clamp_min(-1e9) + (1 - foreground) * (1 - foreground).log2())
+    chosen = foreground[torch.searchsorted(curve.nan_to_num(), entropies.double()).clamp_max(100000)].float()
+    trainer._noisy_probabilities = lambda _weak: torch.stack([1 - chosen, chosen])[None, :, :, None, None]
+    shares = []
+    for trainer.current_epoch in (0, 4, 7, 10):
+        trainer.teach(torch.empty(0))
+        shares.append(float(trainer.terms["kept_voxels"]))
+    expected = [0.75 + 0.25 * np.exp(-5 * (1 - t) ** 2) for t in (0, 0.4, 0.7, 1)]
+    assert shares == pytest.approx(expected, abs=2e-3)
 
 
 def test_gradients_are_clipped(run):
@@ -188,6 +217,7 @@ def test_buffers_are_copied_and_change_places_too():
         ("ema_decay", 1.0),
         ("teacher_noise", -1),
         ("teacher_passes", 0),
+        ("dropout", 1.0),
     ],
 )
 def test_impossible_setting_is_named(attribute, value, run):

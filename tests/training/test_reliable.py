@@ -291,7 +291,5 @@ def test_entries_of_others_in_a_fold_are_left_alone(run, splits):
 def test_patch_that_the_strides_do_not_divide_is_named(family, run):
     trainer = Run(run.data_set, "3d_fullres", f"nnUNetTrainer{family}").build()
     trainer.configuration_manager.configuration["patch_size"] = [17, 23, 26]
-    with pytest.raises(
-        ValueError, match=r"patch size \[17, 23, 26\] is not divisible by the product of the strides"
-    ):
+    with pytest.raises(ValueError, match=r"patch size \[17, 23, 26\] is not divisible by the product of the strides"):
         trainer.initialize()
