@@ -33,7 +33,8 @@ class FeatureTaps:
 
     Args:
         network: has `.encoder.stages` and `.decoder.stages`, as PlainConvUNet and ResidualEncoderUNet; wrapped in
-            DistributedDataParallel, compiled, or neither.
+            DistributedDataParallel, compiled, or neither. The outputs of a stage with the attribute `channels_last` are
+            `(B, *spatial, C)`.
 
     Raises:
         NotImplementedError: the network has no such stages, or fewer than two in the decoder.
@@ -94,7 +95,8 @@ class FeatureTaps:
         def keep(module: nn.Module, _inputs: tuple, output: Tensor) -> None:
             # A deep copy of the network (an EMA teacher, say) carries this hook along, where it must be silent.
             if module is stage and module.training and is_grad_enabled():
-                collected[index] = output
+                # A transformer's block, which says so, has its channels last.
+                collected[index] = output.movedim(-1, 1) if getattr(stage, "channels_last", False) else output
 
         return keep
 

@@ -83,12 +83,16 @@ class SwinEncoder(nn.Module):
         self.on_states = nn.ModuleList(
             [network.encoder2, network.encoder3, network.encoder4, nn.Identity(), network.encoder10]
         )
+        for block in self.stages[1:]:
+            block.channels_last = True
 
     @property
     def stages(self) -> list[nn.Module]:
-        """The patch embedding, whose tokens are at half resolution, and the transformer's stages."""
+        """The patch embedding, whose tokens are at half resolution, and the last block of each of the transformer's
+        stages: what SelfReg reads, before the stage merges patches for the next."""
         swin = self.transformer
-        return [swin.patch_embed, *(layers[0] for layers in (swin.layers1, swin.layers2, swin.layers3, swin.layers4))]
+        stages = (layers[0] for layers in (swin.layers1, swin.layers2, swin.layers3, swin.layers4))
+        return [swin.patch_embed, *(stage.blocks[-1] for stage in stages)]
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """The skips, from full resolution to the bottleneck."""

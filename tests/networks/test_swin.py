@@ -60,13 +60,17 @@ def test_single_voxel_of_a_bottleneck_is_avoided():
     assert net(torch.randn(1, 1, 20, 20)).shape == (1, 3, 20, 20)  # instance norm would refuse
 
 
-def test_taps_read_the_transformers_stages():
+def test_taps_read_the_transformers_stages_before_they_merge_patches():
     net = network()
     taps = FeatureTaps(net)
+    merging = []
+    for layers in (net.encoder.transformer.layers1, net.encoder.transformer.layers4):
+        layers[0].downsample.register_forward_pre_hook(lambda _module, inputs: merging.append(inputs[0]))
     image = torch.randn(1, 1, 40, 64)
     output = net(image)
     encoder, decoder, final = taps.take()
-    assert [f.shape[1:] for f in encoder] == [(24, 16, 16), (48, 8, 8), (96, 4, 4), (192, 2, 2)]
+    assert [f.shape[1:] for f in encoder] == [(12, 32, 32), (24, 16, 16), (48, 8, 8), (96, 4, 4)]
+    torch.testing.assert_close([encoder[0], encoder[-1]], [tokens.permute(0, 3, 1, 2) for tokens in merging])
     assert [f.shape[1:] for f in decoder] == [(96, 4, 4), (48, 8, 8), (24, 16, 16), (12, 32, 32)]
     torch.testing.assert_close(net.decoder.seg_layers[-1](final)[..., :40, :], output)
 
