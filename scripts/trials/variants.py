@@ -186,7 +186,7 @@ TRIALS = {
         "nnUNetTrainerSelfReg", "every feature map divided by its root mean square", regularized_loss=LossOfUnitFeatures
     ),
     "nnUNetTrainerSelfRegAllBlocks": Trial(
-        "nnUNetTrainerSelfReg", "every convolution block, as released", feature_taps=BlockTaps
+        "nnUNetTrainerSelfReg", "every convolution block instead of a stage's output", feature_taps=BlockTaps
     ),
     "nnUNetTrainerSelfRegIntoFinal": Trial(
         "nnUNetTrainerSelfReg", "SCR's gradient into the last stage too", regularized_loss=LossIntoFinal
