@@ -11,13 +11,14 @@ from pathlib import Path
 
 from nnunetv2_selfreg import __version__, discovery
 from nnunetv2_selfreg.benchmark.arguments import add_benchmark
-from nnunetv2_selfreg.errors import UserError
+from nnunetv2_selfreg.errors import UserError, one_line
 
 # What a subcommand needs beyond these is imported when it runs: `--help` does not wait for PyTorch.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a subcommand; returns the exit status: 2 for a mistake that the user can mend, told in one line."""
+    """Runs a subcommand; returns the exit status: 2 for a mistake that the user can mend, 130 for an interrupt, both
+    told in one line."""
     parser = argparse.ArgumentParser(prog="nnUNetv2_selfreg", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="<subcommand>", required=True)
@@ -30,20 +31,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return parsed.run(parsed)
     except (UserError, OSError) as error:  # no permission and full disks name the file too
-        print("nnUNetv2_selfreg:", " ".join(str(error).split()), file=sys.stderr)
+        print("nnUNetv2_selfreg:", one_line(error), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("nnUNetv2_selfreg: interrupted.", getattr(parsed, "kept", "Nothing was changed."), file=sys.stderr)
+        return 130
 
 
 def show_trainers() -> int:
-    """Prints each trainer with a line, and whether, how and where nnU-Net finds it. Status 1 if it misses one."""
+    """Prints each trainer of the package, and each in other folders of `nnUNet_extTrainer`, with a line, and whether,
+    how and where nnU-Net finds it. Status 1 if it misses one."""
     errors = {}
-    for trainer in discovery.list_trainers():
+    others = discovery.trainers_of_others()
+    for trainer in [*discovery.list_trainers(), *others]:
+        if trainer in others[:1]:
+            print(f"\nOthers, in {discovery.VARIABLE}:")
         error = discovery.why_not_found(trainer.name)
         print(f"{trainer.name:40s} {trainer.summary}")
         if error is not None:
             errors[trainer] = error
     print("\nEach of them, and each stock trainer, takes a training length: _<N>epochs or _<N>epochs_<M>iters,")
     print("as in nnUNetTrainerSelfReg_50epochs or nnUNetTrainer_2epochs_20iters.\n")
+    for folder in discovery.external_folders():
+        if not folder.is_dir():
+            print(f"{discovery.VARIABLE} names {folder}, and there is no such folder.", file=sys.stderr)
     if errors:
         _explain_missing(errors)
         return 1
@@ -80,7 +91,8 @@ def _add_preprocess_unlabeled(commands: argparse._SubParsersAction) -> None:
         "-np", type=int, metavar="N", help="processes; default: nnUNet_def_n_proc or 8, no more than there are cores"
     )
     parser.add_argument("--overwrite", action="store_true", help="make cases again that are there")
-    parser.set_defaults(run=preprocess_unlabeled)
+    kept = "Finished cases are kept: the same command goes on with the others."
+    parser.set_defaults(run=preprocess_unlabeled, kept=kept)
 
 
 def preprocess_unlabeled(options: argparse.Namespace) -> int:

@@ -6,8 +6,11 @@ import ast
 import contextlib
 import io
 import os
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
+
+from nnunetv2_selfreg.errors import UserError
 
 VARIABLE = "nnUNet_extTrainer"
 
@@ -29,14 +32,23 @@ def trainers_folder() -> Path:
 
 
 def list_trainers(folder: Path | None = None) -> list[Trainer]:
-    """All trainer classes in `folder`, by name. The files are read, not imported, so a broken one is listed too."""
+    """All trainer classes in `folder`, by name. The files are read, not imported, so one that cannot be
+    imported is listed too; one that is no Python is not."""
     trainers = []
     for file in sorted((folder or trainers_folder()).glob("*.py")):
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and node.name.startswith("nnUNetTrainer"):
-                summary = (ast.get_docstring(node) or "").partition("\n")[0]
-                trainers.append(Trainer(node.name, summary, file))
+        with contextlib.suppress(SyntaxError, ValueError):  # the latter of another encoding
+            for node in ast.parse(file.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef) and node.name.startswith("nnUNetTrainer"):
+                    summary = (ast.get_docstring(node) or "").partition("\n")[0]
+                    trainers.append(Trainer(node.name, summary, file))
     return sorted(trainers, key=lambda trainer: trainer.name)
+
+
+def trainers_of_others() -> list[Trainer]:
+    """Those in the folders of `nnUNet_extTrainer` that are not this package's."""
+    ours = trainers_folder().resolve()
+    folders = [folder for folder in external_folders() if folder.resolve() != ours]
+    return [trainer for folder in folders for trainer in list_trainers(folder)]
 
 
 def external_folders() -> list[Path]:
@@ -62,9 +74,21 @@ def why_not_found(name: str) -> str | None:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             recursive_find_trainer_class_by_name(name)
+    except UserError as error:
+        return str(error)
     except Exception as error:  # whatever a trainer's module raises is the answer
-        return f"{type(error).__name__}: {error}"
+        file = failed_import(error)
+        return f"{type(error).__name__}: {error}" + (f" ({file} cannot be imported)" if file else "")
     return None
+
+
+def failed_import(error: BaseException) -> str | None:
+    """The file in a folder of `nnUNet_extTrainer` that raised an error, or is no Python; None of other errors."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError) and error.filename:
+        files.append(error.filename)
+    folders = external_folders()
+    return next((file for file in reversed(files) if any(Path(file).is_relative_to(one) for one in folders)), None)
 
 
 def export_line() -> str:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from nnunetv2_selfreg.errors import FullDiskError
+
+LITTLE_ROOM = 2**24  # bytes, less than any checkpoint
+# What the system, nnU-Net's output and torch, which tells only that a write failed, say of it.
+FULL_DISK = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing", "unexpected pos")
 
 
 @contextmanager
@@ -17,12 +25,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
 
     Yields:
         `<path>.part`, in the same folder, because only there a rename is atomic.
+
+    Raises:
+        FullDiskError: an error while writing is that of a full disk.
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)  # half a file, if a kill left it
     try:
-        yield str(part)
+        with naming_a_full_disk(path, unsaid=True):
+            yield str(part)
         if not part.exists():
             return  # nothing was written, nothing to replace
         with open(part, "r+b") as written:
@@ -31,3 +43,44 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def naming_a_full_disk(path: Path, unsaid: bool = False) -> Iterator[None]:
+    """Turns an error of a full disk into one that names what should be written, and how much room there is.
+
+    Args:
+        path: of what is written.
+        unsaid: whether any error counts where there is no room: blosc2's does not tell.
+
+    Raises:
+        FullDiskError: an error in the block is one of a full disk; that of an inner block stays as it is.
+    """
+    try:
+        yield
+    except FullDiskError:
+        raise
+    except (OSError, RuntimeError) as error:  # of torch and blosc2
+        if not (says_full_disk(str(error)) or (unsaid and is_full(path, error))):
+            raise
+        free = shutil.disk_usage(existing_folder(path)).free / 2**20
+        reason = f"No space left on device ({free:.0f} MiB free), or no quota"
+        raise FullDiskError(f"{path} could not be written: {reason}. Make room and start again.") from error
+
+
+def says_full_disk(text: str) -> bool:
+    """Whether an error's message or a command's output is that of a full disk."""
+    return any(phrase in text for phrase in FULL_DISK)
+
+
+def is_full(path: Path, error: Exception | None = None) -> bool:
+    """Whether the disk of `path`, which need not exist, has no room, though `error` may not say so."""
+    if isinstance(error, OSError) and error.errno not in (None, errno.ENOSPC, errno.EDQUOT):
+        return False
+    usage = shutil.disk_usage(existing_folder(path))
+    return usage.total > 0 and usage.free < LITTLE_ROOM  # /proc has no size at all
+
+
+def existing_folder(path: Path) -> Path:
+    """The folder of `path`, or the nearest one above it that exists."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())

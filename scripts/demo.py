@@ -31,6 +31,7 @@ from nnunetv2_selfreg.benchmark.commands import ExitStatusError, add_configurati
 
 CPU_VOXELS = 40**3  # a median image of at most so many voxels trains in a fraction of a second a step on two cores
 HELD_OUT = 3
+FEWEST = 5 + HELD_OUT  # nnU-Net makes five folds of the others
 MARKER = "made-by-the-demo.txt"
 EXPECTED = "expected a folder DatasetXXX_Name with dataset.json, imagesTr and labelsTr (nnU-Net's raw format)"
 
@@ -39,17 +40,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="a raw nnU-Net data set, .../DatasetXXX_Name; default: the phantom")
     parser.add_argument("--folder", type=Path, default=Path("demo-run"), help="everything is written below it")
-    parser.add_argument("--cases", type=int, default=24, help="use at most so many cases of the data set")
+    parser.add_argument("--cases", type=int, default=24, help=f"use at most so many of the data set; {FEWEST} or more")
     parser.add_argument("--epochs", type=int, default=7)
     parser.add_argument("--iterations", type=int, default=50, help="training iterations an epoch")
     arguments = parser.parse_args()
+    for name, least in (("cases", FEWEST), ("epochs", 1), ("iterations", 1)):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name} must be at least {least}")
     try:
         demo = Demo(arguments, raw_cases(arguments.data) if arguments.data else None)
         demo.make_folder()
     except ValueError as error:
         print(f"DATA={arguments.data}: {error}" if arguments.data else error, file=sys.stderr)
         return 2
-    demo.run()
+    try:
+        demo.run()
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. What there is stays in {demo.folder}; the next demo begins anew there.", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -75,8 +83,8 @@ def raw_cases(folder: Path) -> dict[str, dict]:
         missing = [file for file in [*case["images"], case["label"]] if not Path(file).is_file()]
         if missing:
             raise ValueError(f"{missing[0]} of case {identifier} is missing")
-    if len(cases) < 5 + HELD_OUT:
-        raise ValueError(f"it has {len(cases)} training cases, the demo needs {5 + HELD_OUT}")
+    if len(cases) < FEWEST:
+        raise ValueError(f"it has {len(cases)} training cases, the demo needs {FEWEST}")
     return cases
 
 
@@ -140,7 +148,7 @@ class Demo:
             return
         content = load_json(str(self.source / "dataset.json"))
         ending = content["file_ending"]
-        chosen = sorted(self.cases)[: max(self.arguments.cases, 5 + HELD_OUT)]
+        chosen = sorted(self.cases)[: self.arguments.cases]
         print(f"      {len(chosen)} of {len(self.cases)} cases of {self.source}, the last {HELD_OUT} held out")
         for case in chosen:
             part = "Ts" if case in chosen[-HELD_OUT:] else "Tr"

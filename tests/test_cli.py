@@ -1,6 +1,7 @@
 """`nnUNetv2_selfreg` from a checkout."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -39,6 +40,28 @@ def test_another_copy_that_comes_first_is_named(capsys, monkeypatch, tmp_path):
     assert f"finds them in {tmp_path}" in capsys.readouterr().out
 
 
+def test_own_trainers_are_listed_and_folders_that_are_not_there_named(capsys, monkeypatch, tmp_path):
+    own = "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\n\n\n"
+    (tmp_path / "own.py").write_text(f'{own}class nnUNetTrainerOfMine(nnUNetTrainer):\n    """What mine does."""\n')
+    folders = [discovery.trainers_folder(), tmp_path, tmp_path / "typo"]
+    monkeypatch.setenv(discovery.VARIABLE, os.pathsep.join(map(str, folders)))
+    assert cli.main(["trainers"]) == 0
+    printed = capsys.readouterr()
+    assert re.search(r"Others, in nnUNet_extTrainer:\nnnUNetTrainerOfMine +What mine does\.\n", printed.out)
+    assert printed.err == f"nnUNet_extTrainer names {tmp_path / 'typo'}, and there is no such folder.\n"
+
+
+@pytest.mark.parametrize("content", ["import a_package_that_is_not_there", "class nnUNetTrainerHalf("])
+def test_file_that_cannot_be_imported_is_named(content, capsys, monkeypatch, tmp_path):
+    (tmp_path / "broken.py").write_text(content)
+    monkeypatch.setenv(discovery.VARIABLE, f"{tmp_path}{os.pathsep}{discovery.trainers_folder()}")
+    assert cli.main(["trainers"]) == 1
+    said = (
+        rf"nnU-Net does not find nnUNetTrainerSelfReg: \w+Error: .* \({tmp_path / 'broken.py'} cannot be imported\)\n"
+    )
+    assert re.search(said, capsys.readouterr().err)
+
+
 def test_every_trainer_file_says_what_it_is():
     assert all(trainer.summary for trainer in discovery.list_trainers())
 
@@ -67,6 +90,26 @@ def test_error_of_the_file_system_is_one_line(capsys, monkeypatch):
     assert cli.main(["split", "-d", "2", "--labeled", "8"]) == 2
     printed = capsys.readouterr().err
     assert "No space left on device: 'splits_final.json.part'" in printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        (["preprocess_unlabeled", "-d", "2", "-c", "2d"], "Finished cases are kept: the same command goes on"),
+        (["benchmark", "run", "-d", "2", "-c", "2d", "-o", "runs"], "Finished runs are kept: the same command goes on"),
+        (["split", "-d", "2", "--labeled", "8"], "Nothing was changed."),
+    ],
+)
+def test_interrupt_says_what_is_kept(arguments, kept, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    for place in ("data.preprocessing.preprocess_unlabeled", "benchmark.runs.benchmark", "data.splits.append_fold"):
+        monkeypatch.setattr(f"nnunetv2_selfreg.{place}", interrupted)
+    assert cli.main(arguments) == 130
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"nnUNetv2_selfreg: interrupted. {kept}")
     assert printed.count("\n") == 1
 
 

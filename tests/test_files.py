@@ -1,11 +1,14 @@
+import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 
 import pytest
 
-from nnunetv2_selfreg.files import replacing
+from nnunetv2_selfreg.errors import FullDiskError
+from nnunetv2_selfreg.files import is_full, replacing
 
 
 def test_new_content_takes_the_place_in_one_step(tmp_path):
@@ -41,6 +44,36 @@ def test_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
         fill_the_disk()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_full_disk_is_named_with_its_room(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write():
+        with replacing(path), open("/dev/full", "w") as full:
+            full.write("new")
+
+    with pytest.raises(FullDiskError, match=rf"^{path} could not be written: No space left .*\d+ MiB free.*\. Make"):
+        write()
+    assert path.read_text() == "old"
+
+
+def test_error_that_does_not_tell_is_of_a_full_disk_where_there_is_no_room(tmp_path, monkeypatch):
+    def write(error):
+        with replacing(tmp_path / "file"):
+            raise error
+
+    with pytest.raises(RuntimeError, match=r"^unclear$"):
+        write(RuntimeError("unclear"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40 - 1, 1))
+    with pytest.raises(FullDiskError, match="0 MiB free"):
+        write(RuntimeError("unclear"))
+    with pytest.raises(PermissionError):
+        write(PermissionError(errno.EACCES, "Permission denied"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))
+    assert not is_full(tmp_path)
 
 
 def _write_slowly(path):

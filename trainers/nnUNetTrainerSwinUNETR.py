@@ -5,7 +5,7 @@ from nnunetv2_selfreg.training.selfreg import SelfRegularized
 
 
 class nnUNetTrainerSwinUNETR(SwinUNETRBackbone, nnUNetTrainer):
-    """SwinUNETR in the place of the planned network (needs MONAI: pip install "nnunetv2-selfreg[swin]")."""
+    """SwinUNETR in the place of the planned network (needs MONAI: pip install "monai>=1.5" einops)."""
 
 
 class nnUNetTrainerSelfRegSwinUNETR(SelfRegularized, nnUNetTrainerSwinUNETR):

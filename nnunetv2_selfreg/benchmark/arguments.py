@@ -14,6 +14,7 @@ from nnunetv2_selfreg.benchmark import protocols
 from nnunetv2_selfreg.errors import UserError
 
 EXTRA = ("monai", "psutil")
+INSTALL = 'pip install "monai>=1.5" psutil'  # the extra, also for who has a wheel or a checkout
 
 BENCHMARK = """\
 Does a trainer help on my data? Two commands tell:
@@ -74,7 +75,8 @@ def _add_run(subcommands: argparse._SubParsersAction) -> None:
     free.add_argument("-p", metavar="PLANS", help="default: nnUNetPlans")
     free.add_argument("--epochs", type=_positive, metavar="N", help="default: 1000")
     free.add_argument("--iterations", type=_positive, metavar="N", help="of an epoch, default: 250")
-    parser.set_defaults(run=run)
+    kept = "Finished runs are kept: the same command goes on, where there is one from the last checkpoint."
+    parser.set_defaults(run=run, kept=kept)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -132,5 +134,4 @@ def _module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRA:
             raise
-        install = 'pip install "nnunetv2-selfreg[benchmark]"'
-        raise UserError(f"the benchmark needs {error.name}, which is not installed: {install}") from error
+        raise UserError(f"the benchmark needs {error.name}, which is not installed: {INSTALL}") from error

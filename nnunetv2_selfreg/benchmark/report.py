@@ -17,6 +17,7 @@ from nnunetv2_selfreg.benchmark.figures import (
 )
 from nnunetv2_selfreg.benchmark.statistics import (
     BOOTSTRAP_SEED,
+    FEWEST_CASES,
     LEARNED,
     costs_of,
     difference_rows,
@@ -117,16 +118,13 @@ def difference_table(rows: pd.DataFrame) -> list[str]:
     lines = [
         "Paired over cases, each averaged over its repetitions and classes (each class: differences.csv). A repetition "
         "of stock is compared with the others of stock: no trainer needs to be better for differences of that size. "
-        "In each cell: mean (95 % interval); better of all cases; Wilcoxon p.",
+        f"In each cell: mean (95 % interval); better of all cases; Wilcoxon p. Of fewer than {FEWEST_CASES} cases "
+        "there is no interval and no p.",
         "",
     ]
     lines += table_head("trainer minus stock", *METRICS.values())
     for trainer, of_trainer in rows[rows["class"] == "mean"].groupby("trainer", sort=False):
-        cells = [
-            f"{with_interval(row)}; {row['better']} of {row['cases']}; {row['p']:.2g}"
-            for _, row in of_trainer.iterrows()
-        ]
-        lines.append(table_row(trainer, *cells))
+        lines.append(table_row(trainer, *(difference_cell(row) for _, row in of_trainer.iterrows())))
     return lines
 
 
@@ -146,8 +144,14 @@ def cost_table(results: list[dict]) -> list[str]:
     return lines
 
 
+def difference_cell(row: pd.Series) -> str:
+    p = "" if np.isnan(row["p"]) else f"; {row['p']:.2g}"
+    return f"{with_interval(row)}; {row['better']} of {row['cases']}{p}"
+
+
 def with_interval(row: pd.Series) -> str:
-    return f"{row['mean']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})"
+    interval = "" if np.isnan(row["low"]) else f" ({row['low']:+.2f} to {row['high']:+.2f})"
+    return f"{row['mean']:+.2f}{interval}"
 
 
 def with_spread(values: pd.Series, digits: int = 2) -> str:

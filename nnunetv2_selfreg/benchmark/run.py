@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import sys
 import zipfile
 from collections.abc import Callable
@@ -29,15 +28,12 @@ from nnunetv2_selfreg.benchmark.machine import commit, gpu_memory_in_use, machin
 from nnunetv2_selfreg.benchmark.metrics import folder_metrics
 from nnunetv2_selfreg.benchmark.protocol import Protocol
 from nnunetv2_selfreg.data.datasets import read_json
-from nnunetv2_selfreg.errors import UserError
-from nnunetv2_selfreg.files import replacing
+from nnunetv2_selfreg.errors import FullDiskError, UserError
+from nnunetv2_selfreg.files import is_full, replacing, says_full_disk
 
 PACKAGES = ("nnunetv2", "torch", "monai")
-LITTLE_ROOM = 2**24  # bytes, less than any checkpoint
 # What a user may set that changes a training's time or its sequence of random numbers.
 ENVIRONMENT = ("nnUNet_n_proc_DA", "nnUNet_compile", "PYTHON_CPU_COUNT", "OMP_NUM_THREADS")
-# What nnU-Net and torch, which tells only that a write failed, say of it.
-FULL_DISK = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing", "unexpected pos")
 
 
 @dataclass(frozen=True)
@@ -230,16 +226,15 @@ def divergence(losses: list[float]) -> str | None:
 
 def reported_divergence(output: str) -> str | None:
     """How one of our trainings, which end at a loss that is not a number, says that it diverged, if it does."""
-    lines = [line for line in output.splitlines() if line.startswith("FloatingPointError")]
-    return f"it diverged: {lines[-1]}" if lines else None
+    found = re.findall(r"Training stopped in epoch \d+: .*", output)
+    return f"it diverged: {found[-1]}" if found else None
 
 
 def is_full_disk(error: Exception, folder: Path) -> bool:
     """Whether `folder` has no room, for this process or for a command that it called and whose output is in there: what
     the command said of it may not have had room either."""
     said = error.printed if isinstance(error, ExitStatusError) else str(error)
-    existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
-    return any(phrase in said for phrase in FULL_DISK) or shutil.disk_usage(existing).free < LITTLE_ROOM
+    return isinstance(error, FullDiskError) or says_full_disk(said) or is_full(folder, error)
 
 
 def remove_broken_checkpoints(folder: Path) -> None:

@@ -13,7 +13,6 @@ import sys
 from dataclasses import replace
 
 import torch
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from tqdm import tqdm
 
 from nnunetv2_selfreg import discovery
@@ -21,6 +20,7 @@ from nnunetv2_selfreg.benchmark import protocols
 from nnunetv2_selfreg.benchmark.commands import ExitStatusError
 from nnunetv2_selfreg.benchmark.protocol import DEFAULT_PLANS, Protocol
 from nnunetv2_selfreg.benchmark.run import Run, check_setting, is_full_disk
+from nnunetv2_selfreg.data.datasets import dataset_name
 from nnunetv2_selfreg.errors import UserError
 
 FAILURES = (ExitStatusError, UserError, OSError)
@@ -134,10 +134,7 @@ def chosen_protocol(options: argparse.Namespace) -> Protocol:
             "a protocol has its own configuration, plans and length: -c, -p, --epochs, --iterations are not for it. "
             "Leave them out, or write a protocol of your own for --protocol."
         )
-    try:
-        dataset = maybe_convert_to_dataset_name(options.d) if options.d else None
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"-d {options.d}: {error}") from error
+    dataset = dataset_name(options.d) if options.d else None
     if options.scale and not named:
         raise UserError("--scale is one of a protocol's. Leave it out, or name a protocol.")
     if named:

@@ -16,6 +16,7 @@ STOCK = "nnUNetTrainer"
 IN_PERCENT = ("dice", "jaccard")
 LEARNED = 0.7  # pseudo Dice in every class
 BOOTSTRAP_SEED = 0
+FEWEST_CASES = 4  # resampling three has ten outcomes, and the smallest p of a signed-rank test is 0.25
 
 
 def read_runs(folder: Path) -> tuple[pd.DataFrame, list[dict]]:
@@ -92,8 +93,8 @@ def comparisons(cases: pd.DataFrame, metric: str) -> dict[str, pd.DataFrame]:
 
 
 def interval(values: pd.Series) -> tuple[float, float]:
-    """95 % bootstrap interval (BCa) of the mean over cases; NaN where all are equal."""
-    if values.nunique() < 2:
+    """95 % bootstrap interval (BCa) of the mean over cases; NaN where all are equal, and of fewer than FEWEST_CASES."""
+    if values.nunique() < 2 or len(values) < FEWEST_CASES:
         return np.nan, np.nan
     generator = np.random.default_rng(BOOTSTRAP_SEED)
     found = bootstrap((values.to_numpy(),), np.mean, random_state=generator).confidence_interval
@@ -101,8 +102,8 @@ def interval(values: pd.Series) -> tuple[float, float]:
 
 
 def wilcoxon_p(values: pd.Series) -> float:
-    """Two-sided Wilcoxon signed-rank test over cases; NaN where nothing differs."""
-    return float(wilcoxon(values).pvalue) if values.any() else np.nan
+    """Two-sided Wilcoxon signed-rank test over cases; NaN where nothing differs, and of fewer than FEWEST_CASES."""
+    return float(wilcoxon(values).pvalue) if values.any() and len(values) >= FEWEST_CASES else np.nan
 
 
 def difference_rows(cases: pd.DataFrame) -> pd.DataFrame:

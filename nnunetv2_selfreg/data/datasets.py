@@ -2,13 +2,47 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 from batchgenerators.utilities.file_and_folder_operations import load_json
-from nnunetv2.paths import nnUNet_preprocessed
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 
 from nnunetv2_selfreg.errors import UserError
+
+
+def dataset_name(name_or_id: str) -> str:
+    """The name of a data set that is in nnUNet_raw or nnUNet_preprocessed.
+
+    Args:
+        name_or_id: as given to nnU-Net's `-d`: `2` or `Dataset002_Heart`.
+
+    Raises:
+        UserError: there is no such data set, or more than one.
+    """
+    there = sorted(
+        {
+            folder.name
+            for parent in (nnUNet_raw, nnUNet_preprocessed)
+            if parent.is_set()
+            for folder in Path(parent).glob("Dataset[0-9][0-9][0-9]_*")
+            if folder.is_dir()
+        }
+    )
+    if name_or_id in there:
+        return name_or_id
+    of_number = [name for name in there if name_or_id.isdecimal() and int(name[7:10]) == int(name_or_id)]
+    if len(of_number) == 1:
+        return of_number[0]
+    names = {text.lower(): name for name in there for text in (name, name[11:])}  # with and without its number
+    alike = of_number or [names[text] for text in difflib.get_close_matches(name_or_id.lower(), names, 1, 0.8)]
+    if alike:
+        raise UserError(f"-d {name_or_id} is no data set. Give the whole name: is it {' or '.join(alike)}?")
+    known = f"there are {', '.join(there)}" if there else "there is none, nor are nnU-Net's folders set to others"
+    raise UserError(
+        f"-d {name_or_id} is no data set in nnUNet_raw ({nnUNet_raw.get() or 'not set'}) and nnUNet_preprocessed "
+        f"({nnUNet_preprocessed.get() or 'not set'}); {known}. Give the number or the name of one."
+    )
 
 
 def preprocessed_folder(name_or_id: str) -> Path:
@@ -20,10 +54,9 @@ def preprocessed_folder(name_or_id: str) -> Path:
     Raises:
         UserError: there is no such data set, nnUNet_preprocessed is not set, or nothing has been preprocessed.
     """
-    try:
-        folder = Path(nnUNet_preprocessed, maybe_convert_to_dataset_name(name_or_id))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"-d {name_or_id}: {error}") from error
+    if not nnUNet_preprocessed.is_set():
+        raise UserError("nnUNet_preprocessed is not set. Set it to nnU-Net's folder of that name.")
+    folder = Path(nnUNet_preprocessed, dataset_name(name_or_id))
     if not (folder / "dataset.json").is_file() or not (folder / "gt_segmentations").is_dir():
         raise UserError(
             f"{folder} is no preprocessed data set. Run nnUNetv2_plan_and_preprocess for -d {name_or_id} first."

@@ -12,6 +12,7 @@ import copy
 import io
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ from tqdm import tqdm
 from nnunetv2_selfreg.data.datasets import labeled_cases, preprocessed_folder, read_json
 from nnunetv2_selfreg.data.images import BadImageError, check_image, check_nifti, list_cases, why_misnamed
 from nnunetv2_selfreg.data.unlabeled import RECIPE_FILE, is_outdated, recipe
-from nnunetv2_selfreg.errors import UserError
+from nnunetv2_selfreg.errors import FullDiskError, UserError
 from nnunetv2_selfreg.files import replacing
 
 
@@ -83,7 +84,11 @@ class Preprocessing:
                 save_json(recipe(self.plans, configuration), part)
 
     def run(self, identifier: str, files: Sequence[Path], folders: Sequence[Path]) -> str | None:
-        """Checks a case, preprocesses it and stores it in `folders`; returns None, or why that was not possible."""
+        """Checks a case, preprocesses it and stores it in `folders`; returns None, or why that was not possible.
+
+        Raises:
+            FullDiskError: it cannot be stored.
+        """
         try:
             data, properties = self.read([str(file) for file in files])
             for folder in folders:
@@ -96,6 +101,8 @@ class Preprocessing:
                 store(image, stored, folder, identifier, configuration.patch_size)
         except BadImageError as reason:
             return str(reason)
+        except FullDiskError:
+            raise
         except Exception as error:  # whatever is wrong with a case, the others go on
             return f"{type(error).__name__}: {error}"
         return None
@@ -143,6 +150,7 @@ def preprocess_unlabeled(
     Raises:
         UserError: data set, plans or configuration are unknown or not preprocessed, there is no usable image, or a
             worker process died.
+        FullDiskError: there is no room for a case; those before it are kept.
     """
     folder = preprocessed_folder(dataset)
     labeled = set(labeled_cases(folder))
@@ -284,13 +292,33 @@ def run_all(
 def _run_in_pool(job: Preprocessing, tasks: Mapping, processes: int) -> Iterator[tuple[str, str | None]]:
     """Yields identifier and outcome of those cases that were done before a worker died, if one did."""
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=end_with_parent)
+    others = set(multiprocessing.active_children())
     try:
-        running = {pool.submit(job.run, identifier, *task): identifier for identifier, task in tasks.items()}
+        with _interrupts_for_this_process_only():  # all workers start with the first task
+            running = {pool.submit(job.run, identifier, *task): identifier for identifier, task in tasks.items()}
         for future in as_completed(running):
             if not isinstance(future.exception(), BrokenProcessPool):
                 yield running[future], future.result()
+    except (KeyboardInterrupt, FullDiskError):
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()  # its files are whole or not there
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for what has not begun
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_for_this_process_only() -> Iterator[None]:
+    """Processes that are started meanwhile are not reached by Ctrl-C, which a terminal sends to all; each would answer
+    it with a traceback."""
+    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def end_with_parent() -> None:

@@ -12,6 +12,8 @@ from batchgeneratorsv2.transforms.utils.random import OneOfTransform, RandomTran
 from scipy.ndimage import binary_fill_holes
 from torch import Tensor
 
+from nnunetv2_selfreg.errors import UnsupportedError
+
 # Resampling rings where the image was cut out of nothing; real intensities are of the order of 1. On a resampled
 # ellipsoid this keeps 4 % of the outside, next to the body, and loses less than 1 % of the body at its rim. Images of
 # preprocess_unlabeled are exactly zero outside.
@@ -67,9 +69,7 @@ def _kind(transform: BasicTransform) -> type | None:
         inner = getattr(transform, "list_of_transforms", None) or transform.transforms
         kinds = {_kind(t) for t in inner}
         if len(kinds) != 1:
-            raise NotImplementedError(
-                f"{transform} mixes intensities and geometry, so it cannot be split into two views"
-            )
+            raise UnsupportedError(f"{transform} mixes intensities and geometry, so it cannot be split into two views")
         return kinds.pop()
     if isinstance(transform, MoveSegAsOneHotToDataTransform):
         return SegOnlyTransform

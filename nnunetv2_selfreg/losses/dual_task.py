@@ -56,8 +56,8 @@ def soft_mask(distance: Tensor, sharpness: float = 1500.0) -> Tensor:
 def distance_regression(predicted: Tensor, distance: Tensor, valid: Tensor) -> Tensor:
     """Mean squared error of predicted signed distances, over classes that occur and voxels that are not ignored.
 
-    A class that is nowhere in a sample has no surface, so it has no distance either (our decision; the released
-    programs regress to 0). With nothing left the result is 0.
+    A class that is nowhere in a sample has no surface, so it has no distance either (our decision; DTC's
+    released program regresses to 0). With nothing left the result is 0.
 
     Args:
         predicted: `(B, K, *spatial)`.

@@ -9,6 +9,8 @@ from torch import Tensor, is_grad_enabled, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunetv2_selfreg.errors import UnsupportedError
+
 
 class Features(NamedTuple):
     """Feature maps of one forward pass, `(B, C, *spatial)` each."""
@@ -55,7 +57,7 @@ class FeatureTaps:
         """The modules of encoder and decoder whose outputs are read, all but the first: the stages."""
         encoder, decoder = stages_of(network)
         if len(encoder) < 2 or len(decoder) < 2:
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"{type(network).__name__} has {len(encoder)} encoder and {len(decoder)} decoder stages; "
                 "self-regularisation needs two of each at least. Use a configuration with more resolution stages."
             )
@@ -119,7 +121,7 @@ def stages_of(network: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """
     encoder, decoder = (list(getattr(getattr(network, part, None), "stages", ())) for part in ("encoder", "decoder"))
     if not encoder or not decoder:
-        raise NotImplementedError(
+        raise UnsupportedError(
             f"{type(network).__name__} has no encoder.stages and decoder.stages, whose feature maps are needed. Use a "
             "plan whose network has them, such as PlainConvUNet or ResidualEncoderUNet."
         )

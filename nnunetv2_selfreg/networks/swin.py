@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunetv2_selfreg.errors import MissingPackageError
 from nnunetv2_selfreg.networks.blocks import check_drop_path, recompute
 
 MULTIPLE = 32
 """MONAI's network takes multiples of it along each axis."""
 WIDTH_UNIT = 12
 """MONAI's network takes multiples of it as its width."""
-INSTALL = 'pip install "nnunetv2-selfreg[swin]"'
+INSTALL = 'pip install "monai>=1.5" einops'  # the extra, also for who has a wheel or a checkout
 
 
 class SwinUNETR(nn.Module):
@@ -141,7 +142,7 @@ def _of_monai(**arguments) -> nn.Module:
         from monai.networks.nets import SwinUNETR as OfMonai
     except ModuleNotFoundError as error:
         message = f"SwinUNETR needs {error.name}, which is not installed: {INSTALL}"
-        raise ModuleNotFoundError(message, name=error.name) from error
+        raise MissingPackageError(message, name=error.name) from error
     if "img_size" in inspect.signature(OfMonai).parameters:  # which every network before 1.5 was fixed to
         raise ImportError(f"SwinUNETR needs MONAI 1.5 or later: {INSTALL}")
     return OfMonai(**arguments)

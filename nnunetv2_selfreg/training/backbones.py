@@ -7,6 +7,7 @@ from typing import ClassVar
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
+from nnunetv2_selfreg.errors import SettingError, UnsupportedError, show_alone
 from nnunetv2_selfreg.networks.kmax import QUERIES, KMaxUXNet
 from nnunetv2_selfreg.networks.swin import SwinUNETR
 from nnunetv2_selfreg.networks.uxnet import UXNet
@@ -58,7 +59,8 @@ class Backbone(WarmUpAdamW):
                 configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
             )
         except (ValueError, NotImplementedError) as error:
-            kind = ValueError if isinstance(error, ValueError) else NotImplementedError
+            show_alone()  # also when nnU-Net predicts
+            kind = SettingError if isinstance(error, ValueError) else UnsupportedError
             raise kind(f"{cls.__name__} with {plans_manager.plans_name}: {error}") from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunetv2_selfreg.errors import UserError
+from nnunetv2_selfreg.errors import SettingError, UserError
 
 
 def check_labels(manager: LabelManager, dataset: str) -> None:
@@ -20,17 +20,17 @@ def check_labels(manager: LabelManager, dataset: str) -> None:
 
 
 def check_patch(patch_size: list[int], strides: list[list[int]]) -> None:
-    """Raises ValueError if a network of these strides cannot take the patch: a side is not divisible, or the
+    """Raises SettingError if a network of these strides cannot take the patch: a side is not divisible, or the
     bottleneck would be a single voxel, of which instance norm can make nothing."""
     total = np.prod(strides, axis=0)
     sizes = np.asarray(patch_size)
     if (sizes % total).any():
-        raise ValueError(
+        raise SettingError(
             f"the patch size {sizes.tolist()} is not divisible by the product of the strides, {total.tolist()}. Plan "
             "anew, or correct patch_size in the plans file."
         )
     if (sizes == total).all():
-        raise ValueError(
+        raise SettingError(
             f"the patch size {sizes.tolist()} leaves a single voxel in the bottleneck. Take a larger patch or fewer "
             "stages."
         )

@@ -14,6 +14,7 @@ from torch import distributed as dist
 from nnunetv2_selfreg.data.batch import Batch
 from nnunetv2_selfreg.data.foreground import Foreground
 from nnunetv2_selfreg.data.mixing import at_size, box_masks, box_sides, largest_components, mix_all
+from nnunetv2_selfreg.errors import SettingError, UnsupportedError
 from nnunetv2_selfreg.losses.consistency import gaussian_ramp_up
 from nnunetv2_selfreg.losses.terms import Weighted
 from nnunetv2_selfreg.tensors import cut
@@ -78,7 +79,7 @@ class CopyPaste(WithTeacher):
         try:
             box_sides(self.configuration_manager.patch_size, self.box_ratio)
         except ValueError as error:
-            raise ValueError(f"{type(self).__name__}.box_ratio: {error} ({self.configuration_name})") from error
+            raise SettingError(f"{type(self).__name__}.box_ratio: {error} ({self.configuration_name})") from error
 
     def _look_for_a_second_sample(self) -> None:
         """A single labelled sample is mixed with itself where no unlabelled one is pasted, which brings nothing."""
@@ -131,7 +132,7 @@ class CopyPaste(WithTeacher):
             ValueError: the batch has no labelled sample.
         """
         if not len(batch.labeled):
-            raise ValueError(f"{type(self).__name__} mixes with labelled samples; this batch has no labelled sample")
+            raise SettingError(f"{type(self).__name__} mixes with labelled samples; this batch has no labelled sample")
         count = len(batch.strong) or len(batch.labeled)
         first, second = self.pairs([batch.labeled, *batch.target], count)
         masks = box_masks(count, batch.labeled.shape[2:], self.box_ratio, batch.labeled.device)
@@ -204,7 +205,7 @@ def enable_ignoring(loss: nn.Module, foreground: Foreground) -> None:
     if isinstance(inner, DC_and_CE_loss):
         inner.ignore_label = inner.ce.ignore_index = foreground.ignored_label
     elif not isinstance(inner, DC_and_BCE_loss):
-        raise NotImplementedError(
+        raise UnsupportedError(
             "copy-paste needs nnU-Net's loss of Dice and cross-entropy, which can be made to ignore voxels; the loss "
             f"here is {type(inner).__name__}"
         )

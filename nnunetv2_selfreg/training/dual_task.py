@@ -14,6 +14,7 @@ from torch import distributed as dist
 
 from nnunetv2_selfreg.data.batch import Batch
 from nnunetv2_selfreg.data.targets import WithSignedDistances
+from nnunetv2_selfreg.errors import UnsupportedError
 from nnunetv2_selfreg.losses.consistency import probabilities
 from nnunetv2_selfreg.losses.dual_task import distance_regression, occurring, predicted_distance, soft_mask
 from nnunetv2_selfreg.losses.terms import Weighted
@@ -115,7 +116,7 @@ class DualTask(DistanceTask):
         network = unwrap(self.network)
         heads = heads_of(network)
         if not heads:
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"{type(network).__name__} has no decoder.seg_layers to put the distance head beside. Use a plan whose "
                 "network has them, such as PlainConvUNet or ResidualEncoderUNet."
             )

@@ -13,11 +13,13 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-from nnunetv2_selfreg.discovery import external_folders, list_trainers
+from nnunetv2_selfreg.discovery import VARIABLE, external_folders, failed_import, list_trainers, trainers_of_others
+from nnunetv2_selfreg.errors import SettingError, UserError, show_alone
 
 ACCEPTED = "<trainer>_<N>epochs or <trainer>_<N>epochs_<M>iters, N and M whole numbers from 1"
 _SUFFIX = re.compile(r"(?P<base>.*[^_])_(?P<epochs>[1-9][0-9]*)epochs(_(?P<iterations>[1-9][0-9]*)iters)?")
 _ATTEMPT = re.compile(r".*_[-+]?[0-9.,]+_?(epochs?|iters?|iterations?)", re.IGNORECASE)
+_LENGTH_HINT = f"If a training length is meant, it is {ACCEPTED}."
 _SOMETHING_LIKE_A_LENGTH = re.compile(r"[0-9]_?(epochs?|iters?)", re.IGNORECASE)
 _PREFIX = "nnUNetTrainer"
 _ALIKE = 0.8  # of 1, as difflib measures it
@@ -35,12 +37,13 @@ def trainer_of_name(name: str) -> type[nnUNetTrainer]:
 
     Raises:
         AttributeError: `name` is no trainer's, or there is nothing to say about it; nnU-Net's own error follows.
-        ValueError: `name` ends in a malformed length, or in two of them.
-        RuntimeError: nnU-Net's own, and what may have been meant: there is no trainer of the name, or of that before
-            the length.
+        SettingError: `name` ends in a malformed length, or in two of them.
+        UserError: there is no trainer of the name, or of that before the length, but of one that is like it.
+        RuntimeError: nnU-Net's own: there is none before the length.
     """
     if name in _being_searched or not name.startswith(_PREFIX):
         raise AttributeError(f"{name} is not a trainer with a training length")
+    show_alone()
     existing = _class_of_that_name(name)
     if existing is not None:
         return existing
@@ -49,32 +52,31 @@ def trainer_of_name(name: str) -> type[nnUNetTrainer]:
         base = _find(match["base"])
         return with_length(base, name, int(match["epochs"]), int(match["iterations"]) if match["iterations"] else None)
     if _ATTEMPT.fullmatch(name):
-        raise ValueError(f"The trainer name {name} has a malformed training length. Accepted: {ACCEPTED}")
-    if _hint(name):
-        _find(name)
+        raise SettingError(f"The trainer name {name} has a malformed training length. Accepted: {ACCEPTED}")
+    if _alike(name) or _SOMETHING_LIKE_A_LENGTH.search(name):
+        return _find(name)
     raise AttributeError(f"{name} is not a trainer with a training length")
 
 
 def _find(name: str) -> type[nnUNetTrainer]:
-    """As nnU-Net finds a trainer; its error ends in what may have been meant."""
+    """As nnU-Net finds a trainer; the error says what may have been meant."""
     _being_searched.add(name)
     try:
         return recursive_find_trainer_class_by_name(name)
     except RuntimeError as error:
-        raise RuntimeError(f"{error}. {_hint(name)}".rstrip()) from None
+        if alike := _alike(name):
+            raise UserError(f"There is no trainer {name}. Did you mean {alike}?") from error
+        raise RuntimeError(f"{error}. {_LENGTH_HINT}" if _SOMETHING_LIKE_A_LENGTH.search(name) else error) from None
     finally:
         _being_searched.discard(name)
 
 
-def _hint(name: str) -> str:
-    """What may have been meant by a name that nothing has; nothing if it is like none."""
-    known = {trainer.name.removeprefix(_PREFIX).lower(): trainer.name for trainer in list_trainers()}
+def _alike(name: str) -> str | None:
+    """The trainer that may have been meant by a name that nothing has, of this package or of the user's folders."""
+    trainers = [*list_trainers(), *trainers_of_others()]
+    known = {trainer.name.removeprefix(_PREFIX).lower(): trainer.name for trainer in trainers}
     (alike,) = difflib.get_close_matches(name.removeprefix(_PREFIX).lower(), known, 1, _ALIKE) or [None]
-    if alike is not None:
-        return f"Did you mean {known[alike]}?"
-    if _SOMETHING_LIKE_A_LENGTH.search(name):
-        return f"If a training length is meant, it is {ACCEPTED}."
-    return ""
+    return known.get(alike)
 
 
 def with_length(
@@ -126,5 +128,12 @@ def _class_of_that_name(name: str) -> type[nnUNetTrainer] | None:
             if found is not None:
                 return found
         return None
+    except Exception as error:  # whatever a module of the user's raises
+        if (file := failed_import(error)) is None:
+            raise
+        raise UserError(
+            f"{file} in {VARIABLE} cannot be imported ({type(error).__name__}: {error}), and nnU-Net stops there. Mend "
+            "it, or move it away."
+        ) from error
     finally:
         _being_searched.discard(name)

@@ -16,6 +16,7 @@ from torch import distributed as dist
 from nnunetv2_selfreg.data.loaders import TwoStreamLoader, UnlabeledLoader
 from nnunetv2_selfreg.data.splits import read_splits
 from nnunetv2_selfreg.data.unlabeled import UnlabeledPool, find_pool, recipe
+from nnunetv2_selfreg.errors import SettingError, UnsupportedError
 from nnunetv2_selfreg.training.reliable import ReliableTraining
 
 
@@ -34,7 +35,7 @@ class TwoStreams(ReliableTraining):
 
     def initialize(self) -> None:
         if self.is_cascaded:
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"{type(self).__name__} cannot train {self.configuration_name}: unlabelled cases have no segmentation "
                 "of the previous stage. Use 3d_fullres or 3d_lowres."
             )
@@ -106,7 +107,7 @@ class TwoStreams(ReliableTraining):
         self._require("unlabeled_batch_size", self.unlabeled_batch_size >= 1, possible)
         world = dist.get_world_size() if self.is_ddp else 1
         if self.unlabeled_batch_size < world:
-            raise ValueError(f"unlabeled_batch_size is {self.unlabeled_batch_size}, fewer than the {world} processes")
+            raise SettingError(f"unlabeled_batch_size is {self.unlabeled_batch_size}, fewer than the {world} processes")
         share, rest = divmod(self.unlabeled_batch_size, world)
         return share + (self.local_rank < rest)
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from nnunetv2_selfreg.errors import UnsupportedError
 from nnunetv2_selfreg.networks.features import heads_of, unwrap
 from nnunetv2_selfreg.training.semi_supervised import SemiSupervised
 
@@ -83,7 +84,7 @@ class WithPartners(SemiSupervised):
             enable_deep_supervision=False,
         )
         if getattr(network, "needs_deep_supervision", False):
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"{type(self).__name__} trains a second network without deep supervision, with which alone "
                 f"{type(network).__name__} learns. Compose it with another network."
             )
@@ -120,7 +121,7 @@ def _optimizer_like_the_networks(trainer: Any, module: nn.Module) -> tuple[Optim
         trainer.network = network
     optimised = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if optimised != {id(p) for p in module.parameters()}:
-        raise NotImplementedError(
+        raise UnsupportedError(
             f"{type(trainer).__name__} trains a second module beside the network, and its configure_optimizers makes "
             "no optimiser of that module's parameters. Compose it with a trainer whose configure_optimizers takes "
             "self.network's parameters at each call, such as nnUNetTrainer."

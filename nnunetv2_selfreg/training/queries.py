@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from nnunetv2_selfreg.errors import UnsupportedError
 from nnunetv2_selfreg.losses.kmax import KMaxLoss
 from nnunetv2_selfreg.training.reliable import ReliableTraining
 
@@ -21,13 +22,13 @@ class QuerySegmentation(ReliableTraining):
 
     def initialize(self) -> None:
         if self.label_manager.has_regions:
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"{type(self).__name__} gives each voxel to one class, and {self.plans_manager.dataset_name} has "
                 "regions, which overlap. Train them with nnUNetTrainerUXNet, or put labels without regions into "
                 "dataset.json."
             )
         if not self.enable_deep_supervision:
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"{type(self).__name__} trains its queries with deep supervision only. Leave enable_deep_supervision "
                 "True, or use nnUNetTrainerUXNet."
             )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +18,8 @@ from torch import nn
 
 from nnunetv2_selfreg.data.foreground import Foreground
 from nnunetv2_selfreg.data.splits import check_fold
-from nnunetv2_selfreg.errors import UserError
-from nnunetv2_selfreg.files import replacing
+from nnunetv2_selfreg.errors import DivergedError, FullDiskError, SettingError, UserError, show_alone
+from nnunetv2_selfreg.files import naming_a_full_disk, replacing
 from nnunetv2_selfreg.losses.terms import Terms
 from nnunetv2_selfreg.tensors import at_full_resolution
 from nnunetv2_selfreg.training.checks import check_labels, check_patch
@@ -34,6 +36,8 @@ class ReliableTraining(_Trainer):
     * A checkpoint is written beside its place and renamed: a kill at any moment leaves the last one whole.
     * A loss that is not finite, in training or validation, stops the run before anything is saved.
     * A label that the data set does not have stops it too, named with its case; labels with gaps do before it starts.
+    * A full disk is named, with what is kept. What the user can mend ends nnU-Net's commands with one line, the
+      traceback is in the log file.
     * What the losses note in `terms` is logged each epoch with nnU-Net's logger: in the log file, in a panel of
       `progress.png`, in Weights & Biases, in the checkpoint.
 
@@ -46,6 +50,7 @@ class ReliableTraining(_Trainer):
     """What `_build_loss` made, whatever has wrapped `loss` since, as SelfReg does."""
 
     def initialize(self) -> None:
+        show_alone(self.log_file)
         check_labels(self.label_manager, self.plans_manager.dataset_name)
         self._check_patch_of_planned_network()
         self.terms = Terms()
@@ -60,13 +65,29 @@ class ReliableTraining(_Trainer):
             try:
                 check_patch(self.configuration_manager.patch_size, strides)
             except ValueError as error:
-                raise ValueError(f"{self.configuration_name} of {self.plans_manager.plans_name}: {error}") from error
+                raise SettingError(f"{self.configuration_name} of {self.plans_manager.plans_name}: {error}") from error
 
     def do_split(self) -> tuple[list[str], list[str]]:
         if self.fold != "all":
             there = set(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))
             check_fold(Path(self.preprocessed_dataset_folder_base) / "splits_final.json", self.fold, there)
         return super().do_split()
+
+    def run_training(self) -> None:
+        with self._naming_a_full_disk():
+            super().run_training()
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        with self._naming_a_full_disk():
+            super().perform_actual_validation(save_probabilities)
+
+    @contextmanager
+    def _naming_a_full_disk(self) -> Iterator[None]:
+        try:
+            with naming_a_full_disk(Path(self.output_folder)):
+                yield
+        except FullDiskError as error:
+            raise FullDiskError(f"{error} {self._where_to_continue()}") from error
 
     def optimise(self, batch: dict) -> dict:
         """One optimisation step, nnU-Net's here. Returns what nnUNetTrainer.train_step returns, `{"loss": array}`."""
@@ -131,7 +152,7 @@ class ReliableTraining(_Trainer):
 
     def _require(self, name: str, fulfilled: bool, what: str) -> None:
         if not fulfilled:
-            raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)}, it must be {what}")
+            raise SettingError(f"{type(self).__name__}.{name} is {getattr(self, name)}, it must be {what}")
 
     def _add_extra_state(self, filename: str) -> None:
         # nnU-Net builds and writes its dictionary in one function, so the file is read and written again.
@@ -151,7 +172,7 @@ class ReliableTraining(_Trainer):
             "if they are sound, lower the learning rate or the weight of that term. " + self._where_to_continue()
         )
         self.print_to_log_file(message, also_print_to_console=False)
-        raise FloatingPointError(message)
+        raise DivergedError(message)
 
     def _refuse_unknown_labels(self, batch: dict) -> None:
         """A label out of range would end a GPU's work with an assertion that names nothing."""
@@ -163,7 +184,7 @@ class ReliableTraining(_Trainer):
                 "in labelsTr, and preprocess again."
             )
             self.print_to_log_file(message, also_print_to_console=False)
-            raise ValueError(message)
+            raise SettingError(message)
 
     def _where_to_continue(self) -> str:
         for name in ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"):  # nnU-Net's order for --c

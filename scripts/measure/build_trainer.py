@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from nnunetv2_selfreg import discovery
+from nnunetv2_selfreg.data.datasets import labeled_cases, preprocessed_folder
+from nnunetv2_selfreg.data.preprocessing import prepare
+from nnunetv2_selfreg.data.splits import check_fold
+from nnunetv2_selfreg.errors import UserError
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +22,27 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS")
     parser.add_argument("-f", default="0", metavar="FOLD")
     parser.add_argument("-device", default="cuda", choices=["cpu", "cuda"])
+
+
+def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace, trainers: list[str]) -> None:
+    """Ends the script with one line if a trainer cannot be built, or the table not be written: before work starts."""
+    try:
+        folder = preprocessed_folder(arguments.dataset)
+        prepare(folder, [arguments.configuration], arguments.p)
+        if arguments.f != "all":
+            if not arguments.f.isdecimal():
+                raise UserError(f"-f {arguments.f} is no fold: give its number, or all")
+            check_fold(folder / "splits_final.json", int(arguments.f), labeled_cases(folder))
+        for name in trainers:
+            if error := discovery.why_not_found(name):
+                raise UserError(f"-tr {name}: {error}")
+        if arguments.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("there is no GPU here; -device cpu measures without")
+        output: Path | None = getattr(arguments, "o", None)
+        if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+            raise UserError(f"-o {output}: give a file in a folder that exists")
+    except UserError as error:
+        parser.error(" ".join(str(error).split()))
 
 
 def build(name: str, arguments: argparse.Namespace) -> Any:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from build_trainer import add_plan, build
+from build_trainer import add_plan, build, check
 from torch import Tensor
 
 
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--weight", default="consistency_weight", metavar="ATTRIBUTE")
     parser.add_argument("--batches", type=int, default=6)
     arguments = parser.parse_args()
+    check(parser, arguments, [arguments.tr])
 
     os.environ["nnUNet_n_proc_DA"] = "0"
     with tempfile.TemporaryDirectory() as results:

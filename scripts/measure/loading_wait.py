@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 
-from build_trainer import add_plan, build
+from build_trainer import add_plan, build, check
 from tqdm import tqdm
 
 WARM_UP = 3
@@ -30,6 +30,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.workers < 1:
         parser.error("--workers must be at least 1: without workers every batch is waited for")
+
+    check(parser, arguments, arguments.tr)
 
     os.environ["nnUNet_n_proc_DA"] = str(arguments.workers)
     print("| trainer | step, s | wait, ms | longest wait, ms |\n| --- | --- | --- | --- |")

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from build_trainer import add_plan, build
+from build_trainer import add_plan, build, check
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
@@ -47,6 +47,7 @@ def main() -> None:
         parser.error("--rounds must be at least 2, for quartiles")
     if arguments.b is not None and arguments.b < 1:
         parser.error("-b must be at least 1")
+    check(parser, arguments, arguments.tr)
 
     torch.set_flush_denormal(True)  # on a CPU denormals would drown the result
     torch.backends.cudnn.benchmark = True  # as nnUNetv2_train does

@@ -38,7 +38,7 @@ def test_without_the_extra_one_line_says_how_to_install_it(module, arguments):
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"nnUNetv2_selfreg: the benchmark needs {module}")
-    assert last.endswith('which is not installed: pip install "nnunetv2-selfreg[benchmark]"')
+    assert last.endswith('which is not installed: pip install "monai>=1.5" psutil')
 
 
 def test_report_needs_no_extra(tmp_path):

@@ -90,6 +90,16 @@ def test_repetitions_of_stock_are_compared_with_each_other(runs):
     assert rows["trainer"].nunique() == 3
 
 
+def test_two_cases_have_no_interval_and_no_p(runs, tmp_path):
+    for file in runs.rglob("metrics.csv"):
+        table = pd.read_csv(file)
+        table[table["case"].isin(sorted(table["case"].unique())[:2])].to_csv(file, index=False)
+    assert make_report(runs, tmp_path / "report") == 0
+    report = (tmp_path / "report" / "report.md").read_text()
+    (line,) = (line for line in report.splitlines() if line.startswith("| nnUNetTrainerMine | +"))
+    assert re.fullmatch(r" \+\d+\.\d\d; \d of 2 ", line.split("|")[2])
+
+
 def make_report(runs, folder) -> int:
     return cli.main(["benchmark", "report", str(runs), "-o", str(folder)])
 

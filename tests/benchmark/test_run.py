@@ -72,8 +72,8 @@ def test_number_of_an_epoch_is_read_from_the_output():
 
 
 def test_divergence_is_found_above_whatever_was_printed_later():
-    output = "FloatingPointError: loss is nan\n" + "a worker ended\n" * 30
-    assert reported_divergence(output) == "it diverged: FloatingPointError: loss is nan"
+    output = "nnunetv2_selfreg: Training stopped in epoch 3: loss is nan.\n" + "a worker ended\n" * 30
+    assert reported_divergence(output) == "it diverged: Training stopped in epoch 3: loss is nan."
     assert reported_divergence("a worker ended") is None
 
 

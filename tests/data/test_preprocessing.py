@@ -3,7 +3,11 @@
 import gzip
 import multiprocessing
 import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -189,8 +193,7 @@ def test_kill_between_the_files_leaves_no_old_properties(workspace, in_process, 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(preprocessing, "write_pickle", kill)
-    with pytest.raises(KeyboardInterrupt):
-        workspace.run("--overwrite")
+    assert workspace.run("--overwrite") == 130
     assert "new_000.pkl" not in names(workspace.folder("2d"))
 
 
@@ -316,6 +319,38 @@ def test_worker_ends_when_the_command_is_killed():
         reader.recv()
 
 
+def test_interrupt_is_one_line_and_the_same_command_goes_on(workspace):
+    """Ctrl-C of a terminal reaches the workers too."""
+    command = [sys.executable, "-m", "nnunetv2_selfreg.cli", "preprocess_unlabeled", "-d", workspace.name, "-c", "2d"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        said = ""
+        while "Preprocessing:   0%" not in said:
+            said += process.stderr.read(1)
+        time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)
+        said += process.stderr.read()
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == (
+        "nnUNetv2_selfreg: interrupted. Finished cases are kept: the same command goes on with the others."
+    )
+    assert workspace.run() == 0
+    assert names(workspace.folder("2d")) == FILES
+
+
+def test_full_disk_ends_the_command(workspace, in_process, monkeypatch, capsys):
+    def fail(*_, urlpath, **__):
+        Path(urlpath).write_bytes(b"half")
+        raise RuntimeError("Error while creating the NDArray")
+
+    monkeypatch.setattr(blosc2, "asarray", fail)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40 - 1, 1))
+    assert workspace.run() == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    reason = r"could not be written: No space left on device .* start again\."
+    assert re.fullmatch(rf"nnUNetv2_selfreg: .*/new_00[01]\.b2nd {reason}", said)
+
+
 def test_error_of_the_preprocessor_is_the_reason(workspace, in_process, monkeypatch, capsys):
     def fail(*_):
         raise MemoryError("too large")
@@ -385,8 +420,8 @@ def test_image_that_does_not_fit_its_data_set(shape, is_2d, reason):
         (["-p", "MyPlans"], "MyPlans.json does not exist. Give -p"),
         (["-c", "4d"], "-c 4d: "),
         (["-c", "2d", "3d_fullres"], "nnUNetPlans_3d_fullres does not exist: -c 3d_fullres was never preprocessed"),
-        (["-d", "Dataset900_Missing"], "Dataset900_Missing is no preprocessed data set"),
-        (["-d", "900"], "-d 900: Could not find"),
+        (["-d", "Dataset900_Missing"], "-d Dataset900_Missing is no data set in "),
+        (["-d", "900"], "-d 900 is no data set in "),
         (["-i", "/missing"], "/missing does not exist"),
         (["-np", "0"], "-np 0"),
         (["-np", "-1"], "-np -1"),

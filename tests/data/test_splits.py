@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -157,14 +158,23 @@ def test_size_that_is_no_number(size, folder, capsys):
     assert f"--labeled: {size} is no number: give one of cases, as 8, or a fraction" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dataset", ["6", "Few"])
+@pytest.mark.parametrize("dataset", ["6", "Missing", "Dataset006_Missing", "-1"])
 def test_unknown_data_set(folder, capsys, dataset):
-    assert f"-d {dataset}: " in error_of(capsys, "split", "-d", dataset, "--labeled", "2")
+    error = error_of(capsys, "split", f"-d={dataset}", "--labeled", "2")
+    assert f"-d {dataset} is no data set in nnUNet_raw" in error
+    assert re.search(r"; there are Dataset005_Few(, Dataset9\d\d_\w+)*\. Give the number or the name of one\.$", error)
 
 
-def test_data_set_that_is_not_there(folder, capsys):
-    error = error_of(capsys, "split", "-d", "Dataset006_Missing", "--labeled", "2")
-    assert "Dataset006_Missing is no preprocessed data set" in error
+@pytest.mark.parametrize("dataset", ["Few", "few", "Dataset05_Few", "Dataset005_few", "Dataset005_Fewer"])
+def test_nearly_right_name_of_a_data_set(folder, capsys, dataset):
+    error = error_of(capsys, "split", "-d", dataset, "--labeled", "2")
+    assert error.endswith(f"-d {dataset} is no data set. Give the whole name: is it Dataset005_Few?\n")
+
+
+def test_two_data_sets_of_one_number(folder, capsys):
+    folder.with_name("Dataset005_Other").mkdir()
+    error = error_of(capsys, "split", "-d", "005", "--labeled", "2")
+    assert error.endswith("Give the whole name: is it Dataset005_Few or Dataset005_Other?\n")
 
 
 def test_fold_without_unlabelled_cases_says_what_is_missing(folder, capsys):

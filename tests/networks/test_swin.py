@@ -106,7 +106,7 @@ def test_older_monai_is_an_error(monkeypatch):
             raise AssertionError
 
     monkeypatch.setattr("monai.networks.nets.SwinUNETR", FixedToAnImageSize)
-    with pytest.raises(ImportError, match=r'MONAI 1.5 or later: pip install "nnunetv2-selfreg\[swin\]"'):
+    with pytest.raises(ImportError, match=r'MONAI 1.5 or later: pip install "monai>=1.5" einops'):
         network()
 
 
@@ -115,5 +115,5 @@ def test_missing_extra_is_named_with_the_install_line(missing, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ModuleNotFoundError, match=rf'{missing}.*pip install "nnunetv2-selfreg\[swin\]"'):
+    with pytest.raises(ModuleNotFoundError, match=rf'{missing}.*pip install "monai>=1.5" einops'):
         network()

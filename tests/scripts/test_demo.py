@@ -112,6 +112,24 @@ def test_folder_of_somebody_else_is_refused(data, monkeypatch, capsys, tmp_path)
     assert theirs.is_file()
 
 
+@pytest.mark.parametrize("option", ["--epochs", "--iterations", "--cases"])
+def test_too_small_a_number_is_an_error_before_anything_is_made(option, data, monkeypatch, capsys, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        run_main(monkeypatch, capsys, data, "--folder", str(tmp_path / "run"), option, "0")
+    assert f"{option} must be at least {8 if option == '--cases' else 1}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_interrupt_is_one_line(data, monkeypatch, capsys, tmp_path):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo.Demo, "run", interrupted)
+    status, error = run_main(monkeypatch, capsys, data, "--folder", str(tmp_path / "run"))
+    assert status == 130
+    assert error.strip().startswith("Interrupted. What there is stays in")
+
+
 def test_earlier_demo_is_replaced(stages):
     stages.make_folder()
     assert not stages.raw.exists()

@@ -8,6 +8,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from workspace import Run
 
 from nnunetv2_selfreg import discovery
+from nnunetv2_selfreg.errors import UserError
 from nnunetv2_selfreg.training import length
 
 
@@ -125,8 +126,20 @@ def test_unknown_trainer_is_nnunets_own_error(name):
     ],
 )
 def test_near_miss_is_named_in_the_error_that_is_seen_last(name, meant):
-    with pytest.raises(RuntimeError, match=rf"Could not find requested nnunet trainer .*Did you mean {meant}\?$"):
+    with pytest.raises(UserError, match=rf"There is no trainer {name.partition('_')[0]}. Did you mean {meant}\?$"):
         find(name)
+
+
+def test_near_miss_of_the_users_own_trainer_is_named_too(folder_of_a_user):
+    folder_of_a_user(own=OWN.format(name="nnUNetTrainerOfMine"))
+    with pytest.raises(UserError, match=r"Did you mean nnUNetTrainerOfMine\?$"):
+        find("nnUNetTrainerOfmine")
+
+
+def test_broken_module_of_the_user_is_named(folder_of_a_user):
+    folder = folder_of_a_user(broken="import a_package_that_is_not_there")
+    with pytest.raises(UserError, match=rf"{folder / 'broken.py'} in nnUNet_extTrainer cannot be imported .*No module"):
+        find("nnUNetTrainerSelfReg_5epochs")
 
 
 def test_foreign_name_with_something_like_a_length_is_not_found(folder_of_a_user):

@@ -13,7 +13,7 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
 from workspace import InProcess, Run, command, start
 
-from nnunetv2_selfreg.errors import UserError
+from nnunetv2_selfreg.errors import FullDiskError, UserError
 
 SELFREG = "nnUNetTrainerSelfReg_2epochs_2iters"
 
@@ -40,6 +40,62 @@ def test_error_while_saving_leaves_the_last_checkpoint(run, monkeypatch):
         trainer.save_checkpoint(str(file))
     assert file.read_bytes() == before
     assert not list(run.folder.glob("*.part"))
+
+
+def nnunetv2_train(run, *options: str) -> subprocess.CompletedProcess:
+    arguments = [run.data_set, run.configuration, str(run.fold), "-tr", run.trainer, "-device", "cpu", *options]
+    start = "from nnunetv2.run.run_training import run_training_entry; run_training_entry()"
+    return subprocess.run([sys.executable, "-c", start, *arguments], capture_output=True, text=True)
+
+
+def test_users_error_stands_alone_and_last_and_the_log_has_its_traceback(run):
+    missing = Run(run.data_set, run.configuration, run.trainer, 99)
+    ended = nnunetv2_train(missing)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("nnunetv2_selfreg: There is no fold 99: ")
+    assert "Traceback" not in ended.stderr + ended.stdout
+    log = next(missing.folder.glob("training_log*.txt")).read_text()
+    assert "Traceback" in log
+    assert "nnunetv2_selfreg.errors.UserError: There is no fold 99: " in log
+
+
+def test_near_miss_of_a_trainer_stands_alone_and_last(run):
+    ended = nnunetv2_train(Run(run.data_set, run.configuration, "nnUNetTrainerSelfreg"))
+    assert ended.returncode == 1
+    said = "nnunetv2_selfreg: There is no trainer nnUNetTrainerSelfreg. Did you mean nnUNetTrainerSelfReg?"
+    assert ended.stderr.splitlines()[-1] == said
+    assert "Traceback" not in ended.stderr
+
+
+def test_errors_that_are_not_the_users_keep_their_traceback(run):
+    script = "from nnunetv2_selfreg import errors; errors.show_alone(); errors.show_alone(); 1 / 0"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.stderr.startswith("Traceback")
+    assert ended.stderr.count("ZeroDivisionError") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_full_disk_is_named_with_what_is_kept(epoch, run, monkeypatch):
+    """Torch writes a checkpoint to a device that is always full, in the first or the second epoch."""
+    trainer = run.build()
+    save, end_of_epoch = torch.save, trainer.on_epoch_end
+
+    def fill_the_disk():
+        if trainer.current_epoch == epoch:
+            monkeypatch.setattr(torch, "save", lambda content, _: save(content, "/dev/full"))
+        end_of_epoch()
+
+    trainer.on_epoch_end = fill_the_disk
+    with pytest.raises(FullDiskError) as error:
+        trainer.run_training()
+    message = str(error.value)
+    assert re.search(r"checkpoint_(latest|best|final)\.pth could not be written: No space left .* MiB free", message)
+    if epoch == 0:
+        assert message.endswith(f"There is no checkpoint in {run.folder} yet: start again.")
+    else:
+        assert f"--c continues from checkpoint_latest.pth in {run.folder}" in message
+        assert run.load("checkpoint_latest.pth")["current_epoch"] == 1
 
 
 def test_disabled_checkpointing_writes_nothing(run):

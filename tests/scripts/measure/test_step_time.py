@@ -31,6 +31,32 @@ def test_table_of_stock_ours_and_the_straight_port(data_sets, tmp_path, monkeypa
     assert not (tmp_path / "untouched").exists()
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"dataset": "99"}, "-d 99 is no data set in nnUNet_raw"),
+        ({"configuration": "3d_fulres"}, "-c 3d_fulres: "),
+        ({"-f": "99"}, "There is no fold 99: "),
+        ({"-f": "first"}, "-f first is no fold"),
+        (
+            {"-tr": "nnUNetTrainerSelfreg"},
+            "-tr nnUNetTrainerSelfreg: There is no trainer nnUNetTrainerSelfreg. Did you",
+        ),
+        ({"-p": "nnUNetPlan"}, "/Dataset901_labels/nnUNetPlan.json does not exist"),
+        ({"-o": "/nowhere/table.json"}, "-o /nowhere/table.json: give a file in a folder that exists"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_built(changed, said, data_sets, monkeypatch, capsys):
+    given = {"dataset": data_sets.name("labels"), "configuration": "2d", "-tr": "nnUNetTrainer", "-device": "cpu"}
+    dataset, configuration, *options = ({**given, **changed}).items()
+    arguments = [dataset[1], configuration[1], *(text for option in options for text in option)]
+    monkeypatch.setattr(sys, "argv", ["step_time.py", *arguments])
+    monkeypatch.setattr(step_time, "build", None)
+    with pytest.raises(SystemExit, match="2"):
+        step_time.main()
+    assert f"step_time.py: error: {said}" in capsys.readouterr().err.replace(os.environ["nnUNet_preprocessed"], "")
+
+
 def test_ratio_is_taken_round_by_round():
     """The machine slows down threefold; the ratio of neighbours does not notice."""
     times = {"a": [1.0, 3.0, 3.0], "b": [1.5, 4.5, 4.5]}
