@@ -1,15 +1,19 @@
 """Families composed with other networks, and with other trainers of nnU-Net's."""
 
+from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import iter_modules
+
 import numpy as np
 import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants import lr_schedule, optimizer
 from nnunetv2.training.nnUNetTrainer.variants.lr_schedule.nnUNetTrainer_warmup import nnUNetTrainer_warmup
-from nnunetv2.training.nnUNetTrainer.variants.lr_schedule.nnUNetTrainerCosAnneal import nnUNetTrainerCosAnneal
-from nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam import nnUNetTrainerAdam
 from workspace import Run, initialised, start, weights, whole_and_resumed
 
 from nnunetv2_selfreg.data.batch import Batch
+from nnunetv2_selfreg.errors import UnsupportedError
 from nnunetv2_selfreg.training.backbones import KMaxUXNetBackbone
 from nnunetv2_selfreg.training.dual_task import DualTask, DualTaskMutual
 
@@ -92,17 +96,46 @@ def test_second_network_that_would_not_learn_is_named(run):
         initialised(Mutual, run)
 
 
-@pytest.mark.parametrize("base", [nnUNetTrainerAdam, nnUNetTrainerCosAnneal])
-def test_partner_has_the_optimiser_of_whatever_trainer_it_is(base, run):
-    class Composed(DualTask, base):
+def stock_variants() -> list[type[nnUNetTrainer]]:
+    """All of nnU-Net's trainers that are about the optimiser or its schedule."""
+    folders = (lr_schedule, optimizer)
+    modules = [
+        import_module(f"{folder.__name__}.{module.name}")
+        for folder in folders
+        for module in iter_modules(folder.__path__)
+    ]
+    own = [vars(module).values() for module in modules]
+    found = {cls for values in own for cls in values if isinstance(cls, type) and issubclass(cls, nnUNetTrainer)}
+    return sorted(found - {nnUNetTrainer}, key=lambda cls: cls.__name__)
+
+
+def test_all_stock_variants_are_looked_at():
+    assert {"nnUNetTrainerAdam3en4", "nnUNetTrainerCosAnneal", "nnUNetTrainer_warmup"} < {
+        cls.__name__ for cls in stock_variants()
+    }
+
+
+@pytest.mark.parametrize("family", [DualTask, DualTaskMutual])
+@pytest.mark.parametrize("base", stock_variants())
+def test_partner_has_the_optimiser_of_whatever_trainer_it_is(base, family, run):
+    """Or training is refused before it starts."""
+    if "Adan" in base.__name__ and find_spec("adan_pytorch") is None:
+        pytest.skip("nnU-Net needs adan_pytorch for it")
+
+    class Composed(family, base):
         pass
 
+    if base is nnUNetTrainer_warmup:
+        with pytest.raises(UnsupportedError, match="no optimiser of that module's parameters"):
+            initialised(Composed, run)
+        return
     trainer = initialised(Composed, run)
     partner = trainer.distance_partner
     assert type(partner.optimizer) is type(trainer.optimizer)
     assert type(partner.schedule) is type(trainer.lr_scheduler)
-    held = [p for group in partner.optimizer.param_groups for p in group["params"]]
-    assert [id(p) for p in held] == [id(p) for p in partner.module.parameters()]
+    for module, optimizer_ in trainer.trained_modules():
+        held = [p for group in optimizer_.param_groups for p in group["params"]]
+        assert [id(p) for p in held] == [id(p) for p in module.parameters()]
 
 
 @pytest.mark.parametrize("family", [DualTask, DualTaskMutual])
