@@ -108,11 +108,15 @@ def folds_of(folder: Path) -> list[Fold]:
     if file.exists():
         return read_splits(file)
     if len(cases) < _NNUNETS_FOLDS:
-        raise UserError(
-            f"{file} does not exist, and {len(cases)} cases are too few for nnU-Net's five folds. Make a fold with "
-            "nnUNetv2_selfreg split, or train on all of them with fold all."
-        )
+        raise UserError(_too_few(file, len(cases)))
     return generate_crossval_split(cases, seed=12345, n_splits=_NNUNETS_FOLDS)
+
+
+def _too_few(file: Path, cases: int) -> str:
+    return (
+        f"{file} does not exist, and {cases} cases are too few for nnU-Net's five folds. Make a fold with "
+        "nnUNetv2_selfreg split, or train on all of them with fold all."
+    )
 
 
 def read_splits(file: Path) -> list[Fold]:
@@ -154,9 +158,12 @@ def check_fold(file: Path, number: int, there: Collection[str]) -> None:
         there: identifiers of the preprocessed cases with labels.
 
     Raises:
-        UserError: there is no such fold, it has nothing to train on or to validate, or lists a case that is not there.
+        UserError: there is no such fold, it has nothing to train on or to validate, or lists a case that is not there;
+            or there are too few cases for nnU-Net's own.
     """
     splits = read_splits(file) if file.is_file() else None
+    if splits is None and len(there) < _NNUNETS_FOLDS:
+        raise UserError(_too_few(file, len(there)))
     count = _NNUNETS_FOLDS if splits is None else len(splits)
     if not 0 <= number < count:
         raise UserError(

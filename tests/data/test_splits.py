@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from workspace import Run
 
 from nnunetv2_selfreg import cli
-from nnunetv2_selfreg.data.splits import new_fold
+from nnunetv2_selfreg.data.splits import check_fold, new_fold
 from nnunetv2_selfreg.errors import UserError
 
 CASES = [f"case_{i:02d}" for i in range(20)]
@@ -230,3 +230,11 @@ def error_of(capsys, *arguments: str) -> str:
     assert printed.out == ""
     assert printed.err.count("\n") == 1
     return printed.err
+
+
+def test_too_few_cases_for_nnunets_folds_is_said_before_it_fails(tmp_path):
+    with pytest.raises(
+        UserError, match="2 cases are too few for nnU-Net's five folds. Make a fold with nnUNetv2_selfr"
+    ):
+        check_fold(tmp_path / "splits_final.json", 0, CASES[:2])
+    check_fold(tmp_path / "splits_final.json", 4, CASES[:5])
