@@ -234,7 +234,7 @@ def error_of(capsys, *arguments: str) -> str:
 
 def test_too_few_cases_for_nnunets_folds_is_said_before_it_fails(tmp_path):
     with pytest.raises(
-        UserError, match="2 cases are too few for nnU-Net's five folds. Make a fold with nnUNetv2_selfr"
+        UserError, match=r"2 cases are too few for nnU-Net's five folds. Make a fold with nnUNetv2_selfr"
     ):
         check_fold(tmp_path / "splits_final.json", 0, CASES[:2])
     check_fold(tmp_path / "splits_final.json", 4, CASES[:5])
