@@ -57,10 +57,12 @@ def preprocessed_folder(name_or_id: str) -> Path:
     if not nnUNet_preprocessed.is_set():
         raise UserError("nnUNet_preprocessed is not set. Set it to nnU-Net's folder of that name.")
     folder = Path(nnUNet_preprocessed, dataset_name(name_or_id))
-    if not (folder / "dataset.json").is_file() or not (folder / "gt_segmentations").is_dir():
+    if not (folder / "dataset.json").is_file():
         raise UserError(
             f"{folder} is no preprocessed data set. Run nnUNetv2_plan_and_preprocess for -d {name_or_id} first."
         )
+    if not (folder / "gt_segmentations").is_dir():
+        raise UserError(f"{folder} has no gt_segmentations. Run nnUNetv2_preprocess for -d {name_or_id}.")
     return folder
 
 

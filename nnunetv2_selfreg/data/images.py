@@ -83,7 +83,10 @@ def check_image(data: np.ndarray, channels: Sequence[str], is_2d: bool, axes: Se
             nothing but one value.
     """
     if len(data) != len(channels):
-        raise BadImageError(f"{len(data)} of {len(channels)} channels ({', '.join(channels)}) are there")
+        raise BadImageError(
+            f"it has {len(data)} channels, the data set {len(channels)} ({', '.join(channels)}): each is a file, "
+            "and so is each image of a series"
+        )
     shape = [data.shape[1 + axis] for axis in axes]
     fits = shape[0] == 1 if is_2d else 1 not in shape
     if not fits:
@@ -103,6 +106,8 @@ def check_nifti(file: str) -> None:
     """
     if not file.endswith((".nii", ".nii.gz")):
         return
+    if not Path(file).exists():  # as of links to data that were not fetched
+        raise BadImageError(f"{Path(file).name} is a link to a file that is not there")
     try:
         data = nibabel.load(file).dataobj.get_unscaled()
     except Exception as error:  # of nibabel, of the decompression, of the file system

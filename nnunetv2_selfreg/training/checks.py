@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunetv2_selfreg.errors import SettingError, UserError
@@ -17,6 +20,27 @@ def check_labels(manager: LabelManager, dataset: str) -> None:
         f"dataset.json of {dataset} has the labels {', '.join(map(str, labels))}. They must be consecutive: 0 to "
         f"{len(labels) - 1}. Renumber them there and in the files in labelsTr, and preprocess again."
     )
+
+
+def check_preprocessed(folder: Path, case: Path, manager: LabelManager) -> None:
+    """Checks what preprocessing leaves, which otherwise fails in a worker process, or after the training.
+
+    Args:
+        folder: the preprocessed data set.
+        case: properties of one of its cases, a .pkl file.
+        manager: of the data set's labels as they are now.
+
+    Raises:
+        UserError: the labels for the final validation are missing, or the cases were preprocessed before dataset.json
+            had an ignore label.
+    """
+    remedy = f"Run nnUNetv2_preprocess for {folder.name} again."
+    if not (folder / "gt_segmentations").is_dir():
+        raise UserError(f"{folder} has no gt_segmentations, which the final validation needs. {remedy}")
+    # Of cases with an ignore label nnU-Net collects where they are annotated, under this key.
+    annotated = (-1, *map(int, manager.all_labels))
+    if manager.has_ignore_label and annotated not in load_pickle(str(case))["class_locations"]:
+        raise UserError(f"{case.parent} was preprocessed before dataset.json had this ignore label. {remedy}")
 
 
 def check_patch(patch_size: list[int], strides: list[list[int]]) -> None:

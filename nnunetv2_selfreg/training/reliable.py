@@ -22,7 +22,7 @@ from nnunetv2_selfreg.errors import DivergedError, FullDiskError, SettingError, 
 from nnunetv2_selfreg.files import naming_a_full_disk, replacing
 from nnunetv2_selfreg.losses.terms import Terms
 from nnunetv2_selfreg.tensors import at_full_resolution
-from nnunetv2_selfreg.training.checks import check_labels, check_patch
+from nnunetv2_selfreg.training.checks import check_labels, check_patch, check_preprocessed
 from nnunetv2_selfreg.training.progress import add_terms_panel
 
 _Trainer = nnUNetTrainer if TYPE_CHECKING else object  # a mixin: the composed class brings the trainer
@@ -71,7 +71,10 @@ class ReliableTraining(_Trainer):
         if self.fold != "all":
             there = set(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))
             check_fold(Path(self.preprocessed_dataset_folder_base) / "splits_final.json", self.fold, there)
-        return super().do_split()
+        train, val = super().do_split()
+        properties = Path(self.preprocessed_dataset_folder) / f"{train[0]}.pkl"
+        check_preprocessed(Path(self.preprocessed_dataset_folder_base), properties, self.label_manager)
+        return train, val
 
     def run_training(self) -> None:
         with self._naming_a_full_disk():

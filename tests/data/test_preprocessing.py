@@ -40,6 +40,8 @@ BAD = {
     "pair": "if each file is a case of its own, its name is pair_0000_0000.nii.gz",
     "black": "all of its voxels have the value 0",
     "tiny": "it is too small: ",
+    "series": "it has 2 channels, the data set 1 (MRI): each is a file, and so is each image of a series",
+    "dangling": "dangling_0000.nii.gz is a link to a file that is not there",
     "unequal": "look like 2 channels of one case",
     "phantom_000": "a labelled case of the data set has this identifier",
 }
@@ -67,6 +69,10 @@ def write_bad(folder: Path) -> None:
     write(folder / "flat_0000.nii.gz", image[:1])
     write(folder / "black_0000.nii.gz", np.zeros_like(image))
     write(folder / "tiny_0000.nii.gz", image[8:10, 12:14, 12:14])
+    sitk.WriteImage(
+        sitk.GetImageFromArray(np.stack([image, image]), isVector=False), str(folder / "series_0000.nii.gz")
+    )
+    (folder / "dangling_0000.nii.gz").symlink_to("not_fetched.nii.gz")
     (folder / "truncated_0000.nii.gz").write_bytes(whole.read_bytes()[:-5000])
     (folder / "text_0000.nii.gz").write_text("not an image")
     (folder / "no_image_0000.nii.gz").write_bytes(gzip.compress(b"no image"))

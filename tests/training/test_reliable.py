@@ -1,6 +1,7 @@
 """Checkpoints that survive a kill, and no training on nonsense."""
 
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -296,6 +297,35 @@ def splits(run, tmp_path, monkeypatch):
         save_json(folds, str(file))
 
     return write
+
+
+@pytest.fixture
+def copied(data_sets, tmp_path, monkeypatch):
+    """The folder of a copy of the preprocessed data set, which a test may damage."""
+    name = data_sets.name("labels")
+    copy = tmp_path / "preprocessed" / name
+    shutil.copytree(Path(os.environ["nnUNet_preprocessed"]) / name, copy)
+    monkeypatch.setenv("nnUNet_preprocessed", str(copy.parent))
+    return copy
+
+
+def test_ignore_label_of_later_than_the_preprocessing_is_named(run, copied):
+    """Stock ends in "background workers are no longer alive"."""
+    description = load_json(str(copied / "dataset.json"))
+    description["labels"]["ignore"] = 3
+    save_json(description, str(copied / "dataset.json"))
+    trainer = run.build()
+    trainer.initialize()
+    with pytest.raises(UserError, match=r"2d was preprocessed before dataset.json had this ignore label"):
+        trainer.get_dataloaders()
+
+
+def test_missing_labels_of_the_final_validation_are_named_before_the_training(run, copied):
+    shutil.rmtree(copied / "gt_segmentations")
+    trainer = run.build()
+    trainer.initialize()
+    with pytest.raises(UserError, match=r"has no gt_segmentations, which the final validation needs"):
+        trainer.get_dataloaders()
 
 
 @pytest.mark.parametrize("family", ["SelfReg", "MeanTeacher", "TinyUXNet"])
