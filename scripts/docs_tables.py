@@ -183,7 +183,7 @@ def _difference(differences: pd.DataFrame, trainer: str, metric: str) -> tuple[s
     if (trainer, metric) not in differences.index:
         return "–", "–"
     found = differences.loc[trainer, metric]
-    return with_interval(found), f"{found['p']:.2g}"
+    return with_interval(found), "–" if pd.isna(found["p"]) else f"{found['p']:.2g}"
 
 
 PAGES = {

@@ -328,7 +328,9 @@ def test_worker_ends_when_the_command_is_killed():
 def test_interrupt_is_one_line_and_the_same_command_goes_on(workspace):
     """Ctrl-C of a terminal reaches the workers too."""
     command = [sys.executable, "-m", "nnunetv2_selfreg.cli", "preprocess_unlabeled", "-d", workspace.name, "-c", "2d"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    # As a terminal starts it: where the tests run in the background, interrupts are ignored.
+    heeding = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "start_new_session": True}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **heeding) as process:
         said = ""
         while "Preprocessing:   0%" not in said:
             said += process.stderr.read(1)
@@ -408,7 +410,7 @@ def test_image_of_nothing_but_one_value_is_refused_unless_another_channel_has_mo
 @pytest.mark.parametrize(
     ("shape", "is_2d", "reason"),
     [
-        ((1, 8, 8, 8), False, r"1 of 2 channels \(T1, T2\)"),
+        ((1, 8, 8, 8), False, r"the data set 2 \(T1, T2\)"),
         ((2, 8, 8, 8), True, "the data set is 2D"),
         ((2, 1, 8, 8), False, "the data set is 3D"),
         ((2, 8, 8, 1), False, "the data set is 3D"),

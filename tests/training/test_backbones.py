@@ -283,7 +283,7 @@ def test_without_its_extra_swin_alone_is_an_error(build, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "monai"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "monai", None)
-    with pytest.raises(ModuleNotFoundError, match=r'needs monai.*pip install "nnunetv2-selfreg\[swin\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r'needs monai.*pip install "monai>=1.5" einops'):
         build(Swin, "2d")
     build(UXNet, "2d")
 
