@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nnunetv2_selfreg.errors import SettingError
+
 
 def predicted_distance(output: Tensor) -> Tensor:
     """The signed distance that a network's output stands for.
@@ -49,7 +51,7 @@ def soft_mask(distance: Tensor, sharpness: float = 1500.0) -> Tensor:
         ValueError: the sharpness is not greater than 0.
     """
     if not sharpness > 0:
-        raise ValueError(f"the sharpness is {sharpness}, it must be greater than 0")
+        raise SettingError(f"the sharpness is {sharpness}, it must be greater than 0")
     return torch.sigmoid(-sharpness * distance.to(torch.promote_types(distance.dtype, torch.float32)))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from nnunetv2_selfreg.errors import SettingError
 from nnunetv2_selfreg.losses.terms import OwnTerms, Terms
 from nnunetv2_selfreg.tensors import average_pool, pooled_to_each_shape
 
@@ -77,7 +78,7 @@ class KMaxLoss(nn.Module):
     def __init__(self, loss: nn.Module, query_weight: float = 0.1, terms: Terms | None = None) -> None:
         super().__init__()
         if not 0 <= query_weight < float("inf"):
-            raise ValueError(f"query_weight is {query_weight}, it must be finite and not negative")
+            raise SettingError(f"query_weight is {query_weight}, it must be finite and not negative")
         self.loss = loss
         self.query_weight = query_weight
         self.terms = OwnTerms() if terms is None else terms

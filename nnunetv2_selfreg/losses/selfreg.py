@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunetv2_selfreg.errors import SettingError
 from nnunetv2_selfreg.losses.terms import OwnTerms, Terms
 from nnunetv2_selfreg.tensors import at_full_resolution, at_least_single, average_pool, of_image, pooled_to_each_shape
 
@@ -101,7 +102,7 @@ def channel_ranking(feature: Tensor, order: str = "activation") -> Tensor:
 def check_order(order: str) -> None:
     """Raises ValueError if IFD knows no such order of channels."""
     if order not in ("activation", "index"):
-        raise ValueError(f'the order of channels in IFD is {order!r}, it must be "activation" or "index"')
+        raise SettingError(f'the order of channels in IFD is {order!r}, it must be "activation" or "index"')
 
 
 class SelfRegularizedLoss(nn.Module):
@@ -143,7 +144,7 @@ class SelfRegularizedLoss(nn.Module):
         super().__init__()
         for name, value in (("lambda_scr", lambda_scr), ("lambda_ifd", lambda_ifd)):
             if not 0 <= value < float("inf"):
-                raise ValueError(f"{name} is {value}, it must be finite and not negative")
+                raise SettingError(f"{name} is {value}, it must be finite and not negative")
         check_order(ifd_order)
         self.loss = loss
         self.taps = taps

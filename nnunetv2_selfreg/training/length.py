@@ -41,9 +41,12 @@ def trainer_of_name(name: str) -> type[nnUNetTrainer]:
         UserError: there is no trainer of the name, or of that before the length, but of one that is like it.
         RuntimeError: nnU-Net's own: there is none before the length.
     """
-    if name in _being_searched or not name.startswith(_PREFIX):
+    if name in _being_searched or name.startswith("_"):
         raise AttributeError(f"{name} is not a trainer with a training length")
     show_alone()
+    if not name.startswith(_PREFIX):
+        _refuse_near_miss(name)
+        raise AttributeError(f"{name} is no trainer")
     existing = _class_of_that_name(name)
     if existing is not None:
         return existing
@@ -53,7 +56,8 @@ def trainer_of_name(name: str) -> type[nnUNetTrainer]:
         return with_length(base, name, int(match["epochs"]), int(match["iterations"]) if match["iterations"] else None)
     if _ATTEMPT.fullmatch(name):
         raise SettingError(f"The trainer name {name} has a malformed training length. Accepted: {ACCEPTED}")
-    if _alike(name) or _SOMETHING_LIKE_A_LENGTH.search(name):
+    _refuse_near_miss(name)
+    if _SOMETHING_LIKE_A_LENGTH.search(name):
         return _find(name)
     raise AttributeError(f"{name} is not a trainer with a training length")
 
@@ -64,19 +68,21 @@ def _find(name: str) -> type[nnUNetTrainer]:
     try:
         return recursive_find_trainer_class_by_name(name)
     except RuntimeError as error:
-        if alike := _alike(name):
-            raise UserError(f"There is no trainer {name}. Did you mean {alike}?") from error
+        _refuse_near_miss(name)
         raise RuntimeError(f"{error}. {_LENGTH_HINT}" if _SOMETHING_LIKE_A_LENGTH.search(name) else error) from None
     finally:
         _being_searched.discard(name)
 
 
-def _alike(name: str) -> str | None:
-    """The trainer that may have been meant by a name that nothing has, of this package or of the user's folders."""
-    trainers = [*list_trainers(), *trainers_of_others()]
-    known = {trainer.name.removeprefix(_PREFIX).lower(): trainer.name for trainer in trainers}
-    (alike,) = difflib.get_close_matches(name.removeprefix(_PREFIX).lower(), known, 1, _ALIKE) or [None]
-    return known.get(alike)
+def _refuse_near_miss(name: str) -> None:
+    """Raises a UserError if a trainer of this package or of the user's folders may be meant by a name that none has."""
+
+    def varying(name: str) -> str:
+        return name.lower().removeprefix(_PREFIX.lower())
+
+    known = {varying(trainer.name): trainer.name for trainer in [*list_trainers(), *trainers_of_others()]}
+    for alike in difflib.get_close_matches(varying(name), known, 1, _ALIKE):
+        raise UserError(f"There is no trainer {name}. Did you mean {known[alike]}?")
 
 
 def with_length(

@@ -121,6 +121,8 @@ def test_unknown_trainer_is_nnunets_own_error(name):
     [
         ("nnUNetTrainerSelfreg", "nnUNetTrainerSelfReg"),
         ("nnUNetTrainerMeanTeachr", "nnUNetTrainerMeanTeacher"),
+        ("nnunettrainerselfreg", "nnUNetTrainerSelfReg"),
+        ("SelfReg", "nnUNetTrainerSelfReg"),
         ("nnUNetTrainerUXnet_5epochs", "nnUNetTrainerUXNet"),
         ("nnUNetTrainerCopypaste_2epochs_20iters", "nnUNetTrainerCopyPaste"),
     ],
