@@ -74,10 +74,15 @@ def _explain_found() -> None:
 
 
 def _explain_missing(errors: dict[discovery.Trainer, str]) -> None:
+    from nnunetv2_selfreg.data.splits import some
+
+    reasons: dict[str, list[str]] = {}
     for trainer, error in errors.items():
-        print(f"nnU-Net does not find {trainer.name}: {error}", file=sys.stderr)
-    if any(discovery.searched_folder(trainer) is None for trainer in errors):
-        print(f"Set this in your shell:\n    {discovery.export_line()}", file=sys.stderr)
+        nowhere = discovery.searched_folder(trainer) is None
+        reason = f"set this in your shell:\n    {discovery.export_line()}" if nowhere else error
+        reasons.setdefault(reason, []).append(trainer.name)
+    for reason, names in reasons.items():
+        print(f"nnU-Net does not find {some(names)}: {reason}", file=sys.stderr)
 
 
 def _add_preprocess_unlabeled(commands: argparse._SubParsersAction) -> None:
