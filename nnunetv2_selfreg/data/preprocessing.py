@@ -254,7 +254,7 @@ def _images_folder(dataset_name: str, images: Path | None) -> Path:
             raise UserError("nnUNet_raw is not set. Set it, or give the folder of the images with -i.")
         images = Path(nnUNet_raw, dataset_name, "imagesUn")
     if not images.is_dir():
-        raise UserError(f"{images} does not exist. Put the images there, or give their folder with -i.")
+        raise UserError(f"{images} is no folder. Put the images there, or give their folder with -i.")
     return images
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,6 +144,11 @@ class ReliableTraining(_Trainer):
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         if not self.was_initialized:
             self.initialize()
+        if not zipfile.is_zipfile(filename_or_checkpoint):  # whose directory is at its end
+            raise UserError(
+                f"{filename_or_checkpoint} is damaged. Remove it: --c goes on from the checkpoint before it, if there "
+                "is one, and else begins anew."
+            )
         state = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False).get(EXTRA_STATE, {})
         missing = sorted(set(self.extra_state()) - set(state))
         if missing:

@@ -299,6 +299,17 @@ def splits(run, tmp_path, monkeypatch):
     return write
 
 
+def test_damaged_checkpoint_is_named(run):
+    """As stock trainers leave one when they are killed while writing."""
+    trainer = run.build()
+    trainer.initialize()
+    file = run.folder / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(file))
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(UserError, match=rf"{file} is damaged\. Remove it: --c goes on from the checkpoint before it"):
+        run.build(continue_training=True).load_checkpoint(str(file))
+
+
 @pytest.fixture
 def copied(data_sets, tmp_path, monkeypatch):
     """The folder of a copy of the preprocessed data set, which a test may damage."""
