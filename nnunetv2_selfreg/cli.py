@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("nnUNetv2_selfreg:", one_line(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("nnUNetv2_selfreg: interrupted.", getattr(parsed, "kept", "Nothing was changed."), file=sys.stderr)
+        print("nnUNetv2_selfreg: interrupted.", getattr(parsed, "kept", ""), file=sys.stderr)
         return 130
 
 
@@ -104,6 +104,8 @@ def preprocess_unlabeled(options: argparse.Namespace) -> int:
     """Preprocesses the images and prints how many there are now. Status 1 if it had to leave some out."""
     from nnunetv2_selfreg.data import preprocessing
 
+    if options.overwrite:
+        options.kept = "Each case is whole, as it was or made anew: the same command begins again."
     outcome = preprocessing.preprocess_unlabeled(
         options.d, options.c, options.i, options.p, options.np, options.overwrite
     )
@@ -126,7 +128,7 @@ def _add_split(commands: argparse._SubParsersAction) -> None:
         dest="in_order",
         help="take the cases by name instead: the first are labelled, the last validate",
     )
-    parser.set_defaults(run=split)
+    parser.set_defaults(run=split, kept="Nothing was changed.")
 
 
 def _count_or_fraction(text: str) -> int | float:

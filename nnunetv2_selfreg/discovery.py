@@ -87,8 +87,12 @@ def failed_import(error: BaseException) -> str | None:
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError) and error.filename:
         files.append(error.filename)
-    folders = external_folders()
-    return next((file for file in reversed(files) if any(Path(file).is_relative_to(one) for one in folders)), None)
+    ours = trainers_folder().resolve()  # one of ours asks for other names, so it is in tracebacks of theirs
+    folders = [folder.resolve() for folder in external_folders() if folder.resolve() != ours]
+    for file in reversed(files):
+        if any(Path(file).resolve().is_relative_to(folder) for folder in folders):
+            return file
+    return None
 
 
 def export_line() -> str:

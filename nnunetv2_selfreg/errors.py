@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import traceback
+from collections.abc import Callable
 from types import TracebackType
 
 
@@ -24,7 +25,7 @@ class UnsupportedError(UserError, NotImplementedError):
 
 
 class MissingPackageError(UserError, ModuleNotFoundError):
-    """An optional package is not installed."""
+    """An optional package is not installed, or too old."""
 
 
 class DivergedError(UserError, FloatingPointError):
@@ -53,14 +54,21 @@ def show_alone(log: str | None = None) -> None:
         sys.excepthook = _Alone(sys.excepthook, log)
 
 
+Hook = Callable[[type[BaseException], BaseException, "TracebackType | None"], object]
+
+
 class _Alone:
-    def __init__(self, others, log: str | None) -> None:
-        self.others = others
+    """A `sys.excepthook`, in the place of `previous`."""
+
+    def __init__(self, previous: Hook, log: str | None) -> None:
+        self.previous = previous
         self.log = log
 
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not issubclass(kind, UserError):
-            self.others(kind, error, trace)
+        is_users = issubclass(kind, UserError)
+        if not is_users or self.previous is not sys.__excepthook__:  # as Weights & Biases', which notes the failure
+            self.previous(kind, error, trace)
+        if not is_users:
             return
         if self.log is not None:
             with contextlib.suppress(OSError), open(self.log, "a", encoding="utf-8") as file:

@@ -33,39 +33,35 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)  # half a file, if a kill left it
     try:
-        with naming_a_full_disk(path, unsaid=True):
+        with naming_a_full_disk(path):
             yield str(part)
-        if not part.exists():
-            return  # nothing was written, nothing to replace
-        with open(part, "r+b") as written:
-            os.fsync(written.fileno())  # or a power failure could leave the new name with the old blocks
-        os.replace(part, path)
+            if not part.exists():
+                return  # nothing was written, nothing to replace
+            with open(part, "r+b") as written:
+                os.fsync(written.fileno())  # or a power failure could leave the new name with the old blocks
+            os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
 
 
 @contextmanager
-def naming_a_full_disk(path: Path, unsaid: bool = False) -> Iterator[None]:
-    """Turns an error of a full disk into one that names what should be written, and how much room there is.
-
-    Args:
-        path: of what is written.
-        unsaid: whether any error counts where there is no room: blosc2's does not tell.
+def naming_a_full_disk(path: Path) -> Iterator[None]:
+    """Turns an error of a full disk while `path` is written into one that names it, and how much room there is.
 
     Raises:
-        FullDiskError: an error in the block is one of a full disk; that of an inner block stays as it is.
+        FullDiskError: that one.
     """
     try:
         yield
     except FullDiskError:
         raise
-    except (OSError, RuntimeError) as error:  # of torch and blosc2
-        if not (says_full_disk(str(error)) or (unsaid and is_full(path, error))):
+    except (OSError, RuntimeError) as error:  # the latter of torch and of blosc2, which does not tell why
+        if not (says_full_disk(str(error)) or is_full(path, error)):
             raise
         free = shutil.disk_usage(existing_folder(path)).free / 2**20
         reason = f"No space left on device ({free:.0f} MiB free), or no quota"
-        raise FullDiskError(f"{path} could not be written: {reason}. Make room and start again.") from error
+        raise FullDiskError(f"{path} could not be written: {reason}. Make room.") from error
 
 
 def says_full_disk(text: str) -> bool:

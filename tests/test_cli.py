@@ -98,6 +98,7 @@ def test_error_of_the_file_system_is_one_line(capsys, monkeypatch):
         (["preprocess_unlabeled", "-d", "2", "-c", "2d"], "Finished cases are kept: the same command goes on"),
         (["benchmark", "run", "-d", "2", "-c", "2d", "-o", "runs"], "Finished runs are kept: the same command goes on"),
         (["split", "-d", "2", "--labeled", "8"], "Nothing was changed."),
+        (["preprocess_unlabeled", "-d", "2", "-c", "2d", "--overwrite"], "Each case is whole, as it was or made anew"),
     ],
 )
 def test_interrupt_says_what_is_kept(arguments, kept, capsys, monkeypatch):

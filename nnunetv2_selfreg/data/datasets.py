@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 
 from nnunetv2_selfreg.errors import UserError
+
+FOLDERS = {"nnUNet_raw": nnUNet_raw, "nnUNet_preprocessed": nnUNet_preprocessed}
 
 
 def dataset_name(name_or_id: str) -> str:
@@ -23,26 +26,24 @@ def dataset_name(name_or_id: str) -> str:
     there = sorted(
         {
             folder.name
-            for parent in (nnUNet_raw, nnUNet_preprocessed)
+            for parent in FOLDERS.values()
             if parent.is_set()
-            for folder in Path(parent).glob("Dataset[0-9][0-9][0-9]_*")
+            for folder in Path(parent).glob("Dataset*")
             if folder.is_dir()
         }
     )
     if name_or_id in there:
         return name_or_id
-    of_number = [name for name in there if name_or_id.isdecimal() and int(name[7:10]) == int(name_or_id)]
+    of_number = [name for name in there if name_or_id.isdecimal() and re.match(rf"Dataset0*{int(name_or_id)}_", name)]
     if len(of_number) == 1:
         return of_number[0]
-    names = {text.lower(): name for name in there for text in (name, name[11:])}  # with and without its number
+    names = {text.lower(): name for name in there for text in (name, name.partition("_")[2])}  # and without its number
     alike = of_number or [names[text] for text in difflib.get_close_matches(name_or_id.lower(), names, 1, 0.8)]
     if alike:
-        raise UserError(f"-d {name_or_id} is no data set. Give the whole name: is it {' or '.join(alike)}?")
-    known = f"there are {', '.join(there)}" if there else "there is none, nor are nnU-Net's folders set to others"
-    raise UserError(
-        f"-d {name_or_id} is no data set in nnUNet_raw ({nnUNet_raw.get() or 'not set'}) and nnUNet_preprocessed "
-        f"({nnUNet_preprocessed.get() or 'not set'}); {known}. Give the number or the name of one."
-    )
+        raise UserError(f"There is no data set {name_or_id}. Give the whole name: is it {' or '.join(alike)}?")
+    folders = ", ".join(f"{name} ({folder.get() or 'not set'})" for name, folder in FOLDERS.items())
+    known = f" There are {', '.join(there)}: give the number or the name of one." if there else ""
+    raise UserError(f"There is no data set {name_or_id} in {folders}.{known}")
 
 
 def preprocessed_folder(name_or_id: str) -> Path:

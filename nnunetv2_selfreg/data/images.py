@@ -51,22 +51,27 @@ def why_misnamed(
     if names[0] == identifier:
         return f"the name has no channel number; expected {identifier.removesuffix(ending)}_0000{ending}"
     if len(files) > len(channels):
-        first = names[0].removesuffix(ending)
         return (
             f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''} look like {len(names)} channels of one case, and "
-            f"the data set has {len(channels)} ({', '.join(channels)}). The last four digits are the channel: if each "
-            f"file is a case of its own, its name is {first}_0000{ending}"
+            f"the data set has {len(channels)} ({', '.join(channels)}). {_case_of_its_own(names[0], ending)}"
         )
     for channel in range(len(files)):
         expected = f"{identifier}_{channel:04d}{ending}"
         if expected not in names:
-            return f"channel {channel} is missing ({expected})"
+            return f"channel {channel} is missing ({expected}). {_case_of_its_own(names[0], ending)}"
     if identifier in labeled:
         return (
             "a labelled case of the data set has this identifier; remove the image or rename it (or, if the case has "
             "no labels any more, its file in gt_segmentations of nnUNet_preprocessed)"
         )
     return None
+
+
+def _case_of_its_own(name: str, ending: str) -> str:
+    return (
+        "The last four digits are the channel: if each file is a case of its own, its name is "
+        f"{name.removesuffix(ending)}_0000{ending}"
+    )
 
 
 def check_image(data: np.ndarray, channels: Sequence[str], is_2d: bool, axes: Sequence[int] = (0, 1, 2)) -> None:

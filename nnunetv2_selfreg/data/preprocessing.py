@@ -202,9 +202,12 @@ def check_size(shape: Sequence[int], configuration: ConfigurationManager) -> Non
     Raises:
         BadImageError: along every axis that the network pools it is smaller than one voxel of the bottleneck.
     """
-    coarsest = np.prod(configuration.pool_op_kernel_sizes, axis=0)
+    strides = configuration.network_arch_init_kwargs.get("strides")
+    if strides is None:
+        return  # not a U-Net
+    coarsest = np.prod(strides, axis=0)
     within = np.asarray(shape)[-len(coarsest) :]  # in 2D without the axis of the slices
-    if (within < coarsest)[coarsest > 1].all():
+    if (coarsest > 1).any() and (within < coarsest)[coarsest > 1].all():
         raise BadImageError(
             f"it is too small: {'x'.join(map(str, within))} voxels in the spacing of the plans, less than what a "
             f"single voxel of the network's bottleneck sees ({'x'.join(map(str, coarsest))})"
@@ -294,12 +297,12 @@ def _run_in_pool(job: Preprocessing, tasks: Mapping, processes: int) -> Iterator
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=end_with_parent)
     others = set(multiprocessing.active_children())
     try:
-        with _interrupts_for_this_process_only():  # all workers start with the first task
+        with _interrupts_for_this_process_only():  # workers start as tasks come
             running = {pool.submit(job.run, identifier, *task): identifier for identifier, task in tasks.items()}
         for future in as_completed(running):
             if not isinstance(future.exception(), BrokenProcessPool):
                 yield running[future], future.result()
-    except (KeyboardInterrupt, FullDiskError):
+    except (KeyboardInterrupt, GeneratorExit, FullDiskError):  # here, or where the outcomes are taken
         for worker in set(multiprocessing.active_children()) - others:
             worker.terminate()  # its files are whole or not there
         raise

@@ -9,7 +9,7 @@ import difflib
 import random
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from batchgenerators.utilities.file_and_folder_operations import save_json
@@ -22,6 +22,7 @@ from nnunetv2_selfreg.files import replacing
 Fold = dict[str, list[str]]
 PARTS = ("train", "unlabeled", "val")
 _NNUNETS_FOLDS = 5
+_SHOWN = 3  # of many cases in a message
 _REMEDY = "It is left as it is: restore it, or move it away, and nnU-Net's five folds are made anew."
 
 
@@ -134,9 +135,9 @@ def read_splits(file: Path) -> list[Fold]:
             raise UserError(f"{file}: fold {number} has no lists 'train' and 'val'. {_REMEDY}")
         for part in PARTS:
             _check_part(file, number, part, fold.get(part, []))
-        misspelled = difflib.get_close_matches("unlabeled", fold.keys() - {*PARTS}, 1)  # further entries are others'
-        if misspelled:
-            raise UserError(f"{file}: fold {number} has '{misspelled[0]}'. Rename it: 'unlabeled' is what is read.")
+        for entry in fold.keys() - {*PARTS}:  # others may have entries of their own
+            if re.sub(r"[^a-z]", "", entry.lower()).startswith("unlab"):
+                raise UserError(f"{file}: fold {number} has '{entry}'. Rename it: 'unlabeled' is what is read.")
     return splits
 
 
@@ -183,20 +184,20 @@ def check_fold(file: Path, number: int, there: Collection[str]) -> None:
             )
 
 
-def near_misses(missing: Iterable[str], there: Collection[str]) -> str:
-    """What may have been meant by identifiers that are not there, as a sentence; nothing if nothing is like them."""
-    for case in missing:
-        (alike,) = [known for known in there if re.fullmatch(rf"{re.escape(known)}(_\d{{4}})?(\.\w+)*", case)][:1] or (
-            difflib.get_close_matches(case, there, 1, 0.8) or [None]
-        )
-        if alike is not None:
-            return f" Is {alike} meant by {case}?"
+def near_misses(missing: Sequence[str], there: Collection[str]) -> str:
+    """What may have been meant by the first identifiers that are not there, as a sentence; nothing if nothing is like
+    them."""
+    for case in missing[:_SHOWN]:
+        bare = re.sub(r"(_\d{4})?(\.\w+)*$", "", case)  # a file's name without channel and ending
+        alike = [bare] if bare in there else difflib.get_close_matches(case, there, 1, 0.8)
+        if alike:
+            return f" Is {alike[0]} meant by {case}?"
     return ""
 
 
 def some(cases: Sequence[str]) -> str:
     """The first of many, for a message."""
-    return ", ".join(cases[:3]) + (f" and {len(cases) - 3} more" if len(cases) > 3 else "")
+    return ", ".join(cases[:_SHOWN]) + (f" and {len(cases) - _SHOWN} more" if len(cases) > _SHOWN else "")
 
 
 def _how_many(option: str, amount: int | float, cases: int) -> int:

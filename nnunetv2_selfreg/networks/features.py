@@ -35,8 +35,8 @@ class FeatureTaps:
 
     Args:
         network: has `.encoder.stages` and `.decoder.stages`, as PlainConvUNet and ResidualEncoderUNet; wrapped in
-            DistributedDataParallel, compiled, or neither. The outputs of a stage with the attribute `channels_last` are
-            `(B, *spatial, C)`.
+            DistributedDataParallel, compiled, or neither. The outputs of a stage with the attribute
+            `channels_at_the_end` are `(B, *spatial, C)`.
 
     Raises:
         NotImplementedError: the network has no such stages, or fewer than two in the decoder.
@@ -98,7 +98,7 @@ class FeatureTaps:
             # A deep copy of the network (an EMA teacher, say) carries this hook along, where it must be silent.
             if module is stage and module.training and is_grad_enabled():
                 # A transformer's block, which says so, has its channels last.
-                collected[index] = output.movedim(-1, 1) if getattr(stage, "channels_last", False) else output
+                collected[index] = output.movedim(-1, 1) if getattr(stage, "channels_at_the_end", False) else output
 
         return keep
 

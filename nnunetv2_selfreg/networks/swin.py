@@ -85,7 +85,7 @@ class SwinEncoder(nn.Module):
             [network.encoder2, network.encoder3, network.encoder4, nn.Identity(), network.encoder10]
         )
         for block in self.stages[1:]:
-            block.channels_last = True
+            block.channels_at_the_end = True
 
     @property
     def stages(self) -> list[nn.Module]:
@@ -144,5 +144,5 @@ def _of_monai(**arguments) -> nn.Module:
         message = f"SwinUNETR needs {error.name}, which is not installed: {INSTALL}"
         raise MissingPackageError(message, name=error.name) from error
     if "img_size" in inspect.signature(OfMonai).parameters:  # which every network before 1.5 was fixed to
-        raise ImportError(f"SwinUNETR needs MONAI 1.5 or later: {INSTALL}")
+        raise MissingPackageError(f"SwinUNETR needs MONAI 1.5 or later: {INSTALL}")
     return OfMonai(**arguments)

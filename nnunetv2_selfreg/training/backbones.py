@@ -54,12 +54,12 @@ class Backbone(WarmUpAdamW):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
+        show_alone()  # also when nnU-Net predicts
         try:
             return cls.network_of_plan(
                 configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
             )
         except (ValueError, NotImplementedError) as error:
-            show_alone()  # also when nnU-Net predicts
             kind = SettingError if isinstance(error, ValueError) else UnsupportedError
             raise kind(f"{cls.__name__} with {plans_manager.plans_name}: {error}") from error
 

@@ -44,9 +44,8 @@ def trainer_of_name(name: str) -> type[nnUNetTrainer]:
     if name in _being_searched or name.startswith("_"):
         raise AttributeError(f"{name} is not a trainer with a training length")
     show_alone()
-    if not name.startswith(_PREFIX):
-        _refuse_near_miss(name)
-        raise AttributeError(f"{name} is no trainer")
+    if not name.startswith(_PREFIX) and _near_miss(name) is None:
+        raise AttributeError(f"{name} is no trainer")  # without a search: other programs ask modules for names too
     existing = _class_of_that_name(name)
     if existing is not None:
         return existing
@@ -75,14 +74,20 @@ def _find(name: str) -> type[nnUNetTrainer]:
 
 
 def _refuse_near_miss(name: str) -> None:
-    """Raises a UserError if a trainer of this package or of the user's folders may be meant by a name that none has."""
+    """Raises a UserError if another trainer may be meant by a name that none has."""
+    alike = _near_miss(name)
+    if alike is not None:
+        raise UserError(f"There is no trainer {name}. Did you mean {alike}?")
+
+
+def _near_miss(name: str) -> str | None:
+    """The trainer, of this package or of the user's folders, whose name is most like this one, if one's is."""
 
     def varying(name: str) -> str:
         return name.lower().removeprefix(_PREFIX.lower())
 
     known = {varying(trainer.name): trainer.name for trainer in [*list_trainers(), *trainers_of_others()]}
-    for alike in difflib.get_close_matches(varying(name), known, 1, _ALIKE):
-        raise UserError(f"There is no trainer {name}. Did you mean {known[alike]}?")
+    return next((known[alike] for alike in difflib.get_close_matches(varying(name), known, 1, _ALIKE)), None)
 
 
 def with_length(

@@ -47,8 +47,8 @@ class TwoStreams(ReliableTraining):
 
     def unlabeled_pool(self) -> UnlabeledPool:
         """The images that this fold trains on without labels; errors as in :func:`find_pool`."""
-        listed = self._listed_as_unlabeled()  # first: nnU-Net's do_split does not check the file
         train, val = self.do_split()
+        listed = self._listed_as_unlabeled()
         # With fold `all` nnU-Net validates on what it trains on.
         fold = {"train": train, "val": val, "unlabeled": listed}
         current = recipe(self.plans_manager, self.configuration_manager)

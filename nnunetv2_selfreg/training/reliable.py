@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import distributed as dist
@@ -19,8 +20,8 @@ from torch import nn
 
 from nnunetv2_selfreg.data.foreground import Foreground
 from nnunetv2_selfreg.data.splits import check_fold
-from nnunetv2_selfreg.errors import DivergedError, FullDiskError, SettingError, UserError, show_alone
-from nnunetv2_selfreg.files import naming_a_full_disk, replacing
+from nnunetv2_selfreg.errors import DivergedError, FullDiskError, SettingError, UserError, one_line, show_alone
+from nnunetv2_selfreg.files import replacing, says_full_disk
 from nnunetv2_selfreg.losses.terms import Terms
 from nnunetv2_selfreg.tensors import at_full_resolution
 from nnunetv2_selfreg.training.checks import check_labels, check_patch, check_preprocessed
@@ -69,7 +70,10 @@ class ReliableTraining(_Trainer):
                 raise SettingError(f"{self.configuration_name} of {self.plans_manager.plans_name}: {error}") from error
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        if self.fold != "all":
+        if self.dataset_class is None:
+            self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        reads_the_file = super().do_split.__func__ is nnUNetTrainer.do_split  # and not a split of the user's own
+        if self.fold != "all" and reads_the_file:
             there = set(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))
             check_fold(Path(self.preprocessed_dataset_folder_base) / "splits_final.json", self.fold, there)
         train, val = super().do_split()
@@ -87,11 +91,15 @@ class ReliableTraining(_Trainer):
 
     @contextmanager
     def _naming_a_full_disk(self) -> Iterator[None]:
+        """Says what is kept. Which disk it is the error tells, if anything: a checkpoint's, a temporary folder's, or a
+        container's shared memory."""
         try:
-            with naming_a_full_disk(Path(self.output_folder)):
-                yield
-        except FullDiskError as error:
-            raise FullDiskError(f"{error} {self._where_to_continue()}") from error
+            yield
+        except (OSError, RuntimeError) as error:
+            if not (isinstance(error, FullDiskError) or says_full_disk(str(error))):
+                raise
+            said = str(error) if isinstance(error, FullDiskError) else f"{one_line(error)}. Make room there."
+            raise FullDiskError(f"{said} {self._where_to_continue()}") from error
 
     def optimise(self, batch: dict) -> dict:
         """One optimisation step, nnU-Net's here. Returns what nnUNetTrainer.train_step returns, `{"loss": array}`."""

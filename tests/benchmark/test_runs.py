@@ -333,7 +333,7 @@ def test_jobs_are_one_command_for_each_unfinished_run(protocol, monkeypatch, cap
     [
         (["nothing"], "there is no protocol nothing; there are tiny"),
         (["tiny", "--scale", "x"], "has no scale x; it has cpu"),
-        (["tiny", "-d", "99"], "-d 99 is no data set in nnUNet_raw"),
+        (["tiny", "-d", "99"], "There is no data set 99 in nnUNet_raw"),
         (["tiny", "-f", "0"], "-f: tiny-cpu has a split of its own, which is fold 2 here"),
         (
             ["-d", "NAME", "-c", "3d_fullres", "-f", "9", "-device", "cpu"],

@@ -35,7 +35,7 @@ BAD = {
     "not_finite": "2 values are NaN or infinite",
     "flat": "the data set is 3D, the image is not",
     "unnumbered.nii.gz": "expected unnumbered_0000.nii.gz",
-    "late": "channel 0 is missing (late_0000.nii.gz)",
+    "late": "channel 0 is missing (late_0000.nii.gz). The last four digits are the channel: if each file is a case of",
     "gap": "look like 2 channels of one case, and the data set has 1 (MRI)",
     "pair": "if each file is a case of its own, its name is pair_0000_0000.nii.gz",
     "black": "all of its voxels have the value 0",
@@ -333,7 +333,9 @@ def test_interrupt_is_one_line_and_the_same_command_goes_on(workspace):
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **heeding) as process:
         said = ""
         while "Preprocessing:   0%" not in said:
-            said += process.stderr.read(1)
+            more = process.stderr.read(1)
+            assert more, said
+            said += more
         time.sleep(0.5)
         os.killpg(process.pid, signal.SIGINT)
         said += process.stderr.read()
@@ -355,7 +357,7 @@ def test_full_disk_ends_the_command(workspace, in_process, monkeypatch, capsys):
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40 - 1, 1))
     assert workspace.run() == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    reason = r"could not be written: No space left on device .* start again\."
+    reason = r"could not be written: No space left on device .* Make room\."
     assert re.fullmatch(rf"nnUNetv2_selfreg: .*/new_00[01]\.b2nd {reason}", said)
 
 
@@ -428,8 +430,8 @@ def test_image_that_does_not_fit_its_data_set(shape, is_2d, reason):
         (["-p", "MyPlans"], "MyPlans.json does not exist. Give -p"),
         (["-c", "4d"], "-c 4d: "),
         (["-c", "2d", "3d_fullres"], "nnUNetPlans_3d_fullres does not exist: -c 3d_fullres was never preprocessed"),
-        (["-d", "Dataset900_Missing"], "-d Dataset900_Missing is no data set in "),
-        (["-d", "900"], "-d 900 is no data set in "),
+        (["-d", "Dataset900_Missing"], "There is no data set Dataset900_Missing in "),
+        (["-d", "900"], "There is no data set 900 in "),
         (["-i", "/missing"], "/missing does not exist"),
         (["-np", "0"], "-np 0"),
         (["-np", "-1"], "-np -1"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from workspace import Run
 
 from nnunetv2_selfreg import cli
-from nnunetv2_selfreg.data.splits import check_fold, new_fold
+from nnunetv2_selfreg.data.splits import check_fold, near_misses, new_fold
 from nnunetv2_selfreg.errors import UserError
 
 CASES = [f"case_{i:02d}" for i in range(20)]
@@ -161,14 +161,22 @@ def test_size_that_is_no_number(size, folder, capsys):
 @pytest.mark.parametrize("dataset", ["6", "Missing", "Dataset006_Missing", "-1"])
 def test_unknown_data_set(folder, capsys, dataset):
     error = error_of(capsys, "split", f"-d={dataset}", "--labeled", "2")
-    assert f"-d {dataset} is no data set in nnUNet_raw" in error
-    assert re.search(r"; there are Dataset005_Few(, Dataset9\d\d_\w+)*\. Give the number or the name of one\.$", error)
+    assert f"There is no data set {dataset} in nnUNet_raw" in error
+    assert re.search(r"There are Dataset005_Few(, Dataset9\d\d_\w+)*: give the number or the name of one\.$", error)
 
 
 @pytest.mark.parametrize("dataset", ["Few", "few", "Dataset05_Few", "Dataset005_few", "Dataset005_Fewer"])
 def test_nearly_right_name_of_a_data_set(folder, capsys, dataset):
     error = error_of(capsys, "split", "-d", dataset, "--labeled", "2")
-    assert error.endswith(f"-d {dataset} is no data set. Give the whole name: is it Dataset005_Few?\n")
+    assert error.endswith(f"There is no data set {dataset}. Give the whole name: is it Dataset005_Few?\n")
+
+
+@pytest.mark.parametrize("name", ["Dataset1000_Big", "Dataset12_Short", "Dataset013"])
+def test_unusual_names_that_are_there(name, folder, capsys):
+    folder.rename(folder.with_name(name))
+    number = name[7:].partition("_")[0]
+    for argument in (name, number)[: 1 + ("_" in name)]:
+        assert cli.main(["split", "-d", argument, "--labeled", "2"]) == 0
 
 
 def test_two_data_sets_of_one_number(folder, capsys):
@@ -223,6 +231,21 @@ def test_folder_variable_that_is_not_set(capsys, monkeypatch):
     assert "nnUNet_preprocessed" in error_of(capsys, "split", "-d", "Dataset005_Few", "--labeled", "2")
 
 
+def test_too_few_cases_for_nnunets_folds_is_said_before_it_fails(tmp_path):
+    with pytest.raises(
+        UserError, match=r"2 cases are too few for nnU-Net's five folds. Make a fold with nnUNetv2_selfr"
+    ):
+        check_fold(tmp_path / "splits_final.json", 0, CASES[:2])
+    check_fold(tmp_path / "splits_final.json", 4, CASES[:5])
+
+
+def test_near_misses_of_many_cases_take_no_time():
+    missing = [f"scan_{number:05d}" for number in range(5000)]
+    there = [f"{number:05d}_mri" for number in range(5000)]
+    assert near_misses(missing, there) == ""
+    assert near_misses(["00003_mri_0000.nii.gz"], there) == " Is 00003_mri meant by 00003_mri_0000.nii.gz?"
+
+
 def error_of(capsys, *arguments: str) -> str:
     """What a command says that ends with status 2: a line."""
     assert cli.main(arguments) == 2
@@ -230,11 +253,3 @@ def error_of(capsys, *arguments: str) -> str:
     assert printed.out == ""
     assert printed.err.count("\n") == 1
     return printed.err
-
-
-def test_too_few_cases_for_nnunets_folds_is_said_before_it_fails(tmp_path):
-    with pytest.raises(
-        UserError, match=r"2 cases are too few for nnU-Net's five folds. Make a fold with nnUNetv2_selfr"
-    ):
-        check_fold(tmp_path / "splits_final.json", 0, CASES[:2])
-    check_fold(tmp_path / "splits_final.json", 4, CASES[:5])

@@ -138,6 +138,15 @@ def test_near_miss_of_the_users_own_trainer_is_named_too(folder_of_a_user):
         find("nnUNetTrainerOfmine")
 
 
+def test_the_users_own_name_wins_however_like_one_of_ours(folder_of_a_user):
+    folder_of_a_user(own=OWN.format(name="UXNet2"))
+    assert find("UXNet2").mine
+
+
+def test_module_of_ours_is_not_blamed_for_a_name_that_nobody_has():
+    assert "cannot be imported" not in discovery.why_not_found("nnUNetTrainerFooBar_5epochs")
+
+
 def test_broken_module_of_the_user_is_named(folder_of_a_user):
     folder = folder_of_a_user(broken="import a_package_that_is_not_there")
     with pytest.raises(UserError, match=rf"{folder / 'broken.py'} in nnUNet_extTrainer cannot be imported .*No module"):

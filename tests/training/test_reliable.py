@@ -1,5 +1,6 @@
 """Checkpoints that survive a kill, and no training on nonsense."""
 
+import errno
 import math
 import os
 import re
@@ -12,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
-from workspace import InProcess, Run, command, start
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from workspace import InProcess, Run, command, initialised, start
 
 from nnunetv2_selfreg.errors import FullDiskError, UserError
+from nnunetv2_selfreg.files import replacing
+from nnunetv2_selfreg.training.selfreg import SelfRegularized
 
 SELFREG = "nnUNetTrainerSelfReg_2epochs_2iters"
 
@@ -97,6 +101,55 @@ def test_full_disk_is_named_with_what_is_kept(epoch, run, monkeypatch):
     else:
         assert f"--c continues from checkpoint_latest.pth in {run.folder}" in message
         assert run.load("checkpoint_latest.pth")["current_epoch"] == 1
+
+
+def test_full_disk_of_another_place_is_not_blamed_on_the_results(run):
+    """As a container's shared memory, through which workers hand over batches."""
+    trainer = run.build()
+
+    def fail():
+        raise RuntimeError("unable to write to file </torch_12_345_0>: No space left on device (28)")
+
+    trainer.on_train_start = fail
+    with pytest.raises(FullDiskError, match=r"^unable to write to file </torch_12_345_0>: No .* Make room there"):
+        trainer.run_training()
+
+
+def test_quota_that_is_told_when_the_file_is_closed(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "fsync", fail)
+
+    def write():
+        with replacing(tmp_path / "file") as part:
+            Path(part).write_text("content")
+
+    with pytest.raises(FullDiskError, match=f"{tmp_path / 'file'} could not be written"):
+        write()
+
+
+def test_who_watches_for_failures_hears_of_them_too():
+    """As Weights & Biases, which marks the run."""
+    script = (
+        "import sys; sys.excepthook = lambda *_: print('watched', file=sys.stderr)\n"
+        "from nnunetv2_selfreg import errors; errors.show_alone(); raise errors.UserError('mine')"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.stderr.splitlines() == ["watched", "nnunetv2_selfreg: mine"]
+
+
+def test_split_of_the_users_own_is_left_alone(run, splits):
+    splits(lambda folds: folds.clear())
+
+    class OwnSplit(nnUNetTrainer):
+        def do_split(self):
+            return ["phantom_000"], ["phantom_001"]
+
+    class Composed(SelfRegularized, OwnSplit):
+        pass
+
+    assert initialised(Composed, run).do_split() == (["phantom_000"], ["phantom_001"])
 
 
 def test_disabled_checkpointing_writes_nothing(run):
@@ -364,6 +417,7 @@ def test_fold_that_does_not_exist_is_an_error_that_names_those_there_are(family,
         ),
         (lambda folds: folds[1].update(train="phantom_000"), "fold 1 has no lists 'train' and 'val'"),
         (lambda folds: folds[0].update(unlabelled=["x"]), "has 'unlabelled'. Rename it: 'unlabeled' is what"),
+        (lambda folds: folds[0].update(UNLABELED=["x"]), "has 'UNLABELED'. Rename it: 'unlabeled' is what"),
         (lambda folds: folds[0].update(unlabeled="x"), "'unlabeled' of fold 0 is not a list"),
         (lambda folds: folds[0].update(train=folds[0]["train"] * 2), "'train' of fold 0 has .* more than once"),
     ],
@@ -378,7 +432,7 @@ def test_fold_that_cannot_be_used_is_an_error_before_workers_start(family, chang
 
 
 def test_entries_of_others_in_a_fold_are_left_alone(run, splits):
-    splits(lambda folds: folds[0].update(comment="made by hand", seed=3))
+    splits(lambda folds: folds[0].update(comment="made by hand", labeled=["x"], enabled=1))
     trainer = run.build()
     trainer.initialize()
     assert len(trainer.do_split()[0]) == 3

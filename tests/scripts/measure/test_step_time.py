@@ -34,7 +34,7 @@ def test_table_of_stock_ours_and_the_straight_port(data_sets, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"dataset": "99"}, "-d 99 is no data set in nnUNet_raw"),
+        ({"dataset": "99"}, "There is no data set 99 in nnUNet_raw"),
         ({"configuration": "3d_fulres"}, "-c 3d_fulres: "),
         ({"-f": "99"}, "There is no fold 99: "),
         ({"-f": "first"}, "-f first is no fold"),
