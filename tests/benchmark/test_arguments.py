@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+from importlib.metadata import metadata
 
 import pytest
 
 from nnunetv2_selfreg import cli
+from nnunetv2_selfreg.benchmark.arguments import INSTALL
+from nnunetv2_selfreg.networks import swin
 
 HEAVY = ("torch", "numpy", "pandas", "matplotlib", "nnunetv2", "monai", "psutil")
 
@@ -51,3 +54,11 @@ def test_other_module_that_is_missing_is_not_taken_for_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ModuleNotFoundError, match="pandas"):
         cli.main(["benchmark", "metrics", "references", "predictions", "-djfile", "d.json", "-o", "metrics.csv"])
+
+
+def test_install_lines_are_the_extras():
+    """They are spelled out, so that they help who has a wheel or a checkout."""
+    extras = metadata("nnunetv2-selfreg").get_all("Requires-Dist")
+    for line, extra in ((INSTALL, "benchmark"), (swin.INSTALL, "swin")):
+        wanted = {name.partition(";")[0].strip() for name in extras if f"extra == '{extra}'" in name.replace('"', "'")}
+        assert {text.strip('"') for text in line.split()[2:]} == wanted

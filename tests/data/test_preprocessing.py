@@ -432,7 +432,7 @@ def test_image_that_does_not_fit_its_data_set(shape, is_2d, reason):
         (["-c", "2d", "3d_fullres"], "nnUNetPlans_3d_fullres does not exist: -c 3d_fullres was never preprocessed"),
         (["-d", "Dataset900_Missing"], "There is no data set Dataset900_Missing in "),
         (["-d", "900"], "There is no data set 900 in "),
-        (["-i", "/missing"], "/missing does not exist"),
+        (["-i", "/missing"], "/missing is no folder"),
         (["-np", "0"], "-np 0"),
         (["-np", "-1"], "-np -1"),
     ],
@@ -445,7 +445,7 @@ def test_wrong_argument_is_one_line_and_writes_nothing(workspace, capsys, option
 
 def test_folder_without_images(workspace, capsys):
     shutil.rmtree(workspace.images)
-    assert_error(capsys, workspace.run(), f"{workspace.images} does not exist")
+    assert_error(capsys, workspace.run(), f"{workspace.images} is no folder")
     workspace.images.mkdir()
     (workspace.images / "new_0000.mha").touch()
     assert_error(capsys, workspace.run(), f"{workspace.images} has no images that end in .nii.gz")

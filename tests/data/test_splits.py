@@ -195,7 +195,7 @@ def test_data_set_that_is_not_preprocessed(folder, capsys, missing):
     (folder / missing).rename(folder / "elsewhere")
     error = error_of(capsys, "split", "-d", "5", "--labeled", "2")
     assert str(folder) in error
-    assert "nnUNetv2_plan_and_preprocess" in error
+    assert ("nnUNetv2_plan_and_preprocess" if missing == "dataset.json" else "nnUNetv2_preprocess for -d 5") in error
 
 
 def test_data_set_without_labels(folder, capsys):
