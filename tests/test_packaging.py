@@ -131,6 +131,7 @@ def test_nnunets_commands_train_and_predict_with_the_wheel(environment, data_set
     assert len(list((tmp_path / "predicted").glob("*.nii.gz"))) == 1
 
 
+@pytest.mark.matrix
 @REGULAR
 def test_environment_behind_a_link(environment, tmp_path):
     """As a home folder on a cluster often is."""

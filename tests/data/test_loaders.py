@@ -92,7 +92,7 @@ def test_unlabelled_crops_come_from_anywhere(configuration, data_sets):
     [
         ("fork", "nnUNetTrainerMeanTeacher", 2),
         ("forkserver", "nnUNetTrainerMeanTeacher", 2),
-        ("spawn", "nnUNetTrainerMeanTeacher", 2),
+        pytest.param("spawn", "nnUNetTrainerMeanTeacher", 2, marks=pytest.mark.matrix),
         ("fork", "nnUNetTrainerDualTask", 0),
         ("spawn", "nnUNetTrainerDualTask", 2),
     ],

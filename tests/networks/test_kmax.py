@@ -201,7 +201,8 @@ def test_every_parameter_learns_with_a_single_sample():
     assert not silent
 
 
-def test_200_steps_in_half_precision_stay_finite():
+@pytest.mark.parametrize("steps", [20, pytest.param(200, marks=pytest.mark.matrix)])
+def test_steps_in_half_precision_stay_finite(steps):
     """As nnU-Net trains on a GPU: its loss, the loss scaled, the gradient clipped."""
     torch.manual_seed(0)
     network = KMaxUXNet(1, 3, [[1, 1], [2, 2], [2, 2]], [[3, 3]] * 3, width=4, deepest=16, queries=24)
@@ -213,7 +214,7 @@ def test_200_steps_in_half_precision_stay_finite():
     images, rows = image(1)[:, :, 0, :16], torch.arange(16) // 6
     target = [labels[None, None, :, None].expand(1, 1, -1, len(labels)) for labels in (rows, rows[::2])]
     losses = []
-    for _ in range(200):
+    for _ in range(steps):
         with torch.autocast("cpu", dtype=torch.float16):
             total = loss(network(images), target)
         optimizer.zero_grad()

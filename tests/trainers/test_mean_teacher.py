@@ -14,7 +14,7 @@ class TestMeanTeacher(_MeanTeacher, TrainerContract):
 
 class TestUAMeanTeacher(_MeanTeacher):
     trainer = "nnUNetTrainerUAMeanTeacher"
-    chosen = ONE_CELL
+    chosen = ()  # with SelfReg below
     terms = (*_MeanTeacher.terms, "kept_voxels")
 
 

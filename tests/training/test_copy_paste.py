@@ -491,6 +491,7 @@ def test_loss_in_mixed_precision(variant, data_sets, results):
     assert losses[1] != losses[0]
 
 
+@pytest.mark.matrix  # as of the dual-task trainers, which run always
 @pytest.mark.usefixtures("compiling_without_code")
 def test_compiled_training_is_the_eager_one(data_sets, results):
     """Compiled as on a GPU; teacher and SelfReg's hooks too, and with a validation between two steps."""

@@ -64,6 +64,7 @@ def test_users_error_stands_alone_and_last_and_the_log_has_its_traceback(run):
     assert "nnunetv2_selfreg.errors.UserError: There is no fold 99: " in log
 
 
+@pytest.mark.matrix
 def test_near_miss_of_a_trainer_stands_alone_and_last(run):
     ended = nnunetv2_train(Run(run.data_set, run.configuration, "nnUNetTrainerSelfreg"))
     assert ended.returncode == 1
