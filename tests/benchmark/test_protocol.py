@@ -138,6 +138,7 @@ def test_file_that_is_no_protocol_is_named(text, reason, tmp_path):
         Protocol.read(tmp_path / "mine.json", "cpu")
 
 
+@pytest.mark.matrix
 def test_half_preprocessed_folder_is_made_anew_only_if_it_was_begun_here(protocol, quick_commands, tmp_path):
     tiny = Protocol.load("tiny", "cpu")
     folder = tiny.folder / "nnUNetPlans_3d_fullres"

@@ -107,7 +107,7 @@ def test_batch_of_a_single_sample(family, build):
     assert np.isfinite([*outputs.values()]).all()
 
 
-@pytest.mark.parametrize("shape", [(17, 25, 31), (5, 40, 24)])
+@pytest.mark.parametrize("shape", [pytest.param((17, 25, 31), marks=pytest.mark.matrix), (5, 40, 24)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_odd_image_sizes_are_predicted(family, shape, build):
     trainer = build(family)

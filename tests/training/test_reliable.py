@@ -184,7 +184,9 @@ Run({data_set!r}, "2d", {trainer!r}).build().run_training()
 """
 
 
-@pytest.mark.parametrize(("number", "left"), [(1, []), (2, ["checkpoint_latest.pth"])])
+@pytest.mark.parametrize(
+    ("number", "left"), [pytest.param(1, [], marks=pytest.mark.matrix), (2, ["checkpoint_latest.pth"])]
+)
 def test_kill_while_a_checkpoint_is_written(run, number, left):
     """Killed with half of the first or second checkpoint written; nnUNetv2_train --c goes on to the end."""
     script = HALF_A_CHECKPOINT.format(path=sys.path, data_set=run.data_set, trainer=run.trainer, number=number)
