@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +81,13 @@ def why_not_found(name: str) -> str | None:
         file = failed_import(error)
         return f"{type(error).__name__}: {error}" + (f" ({file} cannot be imported)" if file else "")
     return None
+
+
+def require(names: Iterable[str]) -> None:
+    """Raises a UserError if nnU-Net does not find one of the trainers: before work starts."""
+    for name in names:
+        if error := why_not_found(name):
+            raise UserError(f"-tr {name}: {error}")
 
 
 def failed_import(error: BaseException) -> str | None:

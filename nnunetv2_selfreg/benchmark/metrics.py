@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 from nnunetv2.evaluation.evaluate_predictions import region_or_label_to_mask
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from tqdm import tqdm
@@ -39,6 +38,10 @@ def mask_metrics(prediction: np.ndarray, reference: np.ndarray, spacing: Sequenc
     if not prediction.any() or not reference.any():
         diagonal = math.hypot(*np.multiply(masks[0].shape, spacing))
         return {**overlap, "hd95_mm": diagonal, "asd_mm": diagonal}
+    # Imported here, after nnU-Net has looked for trainers: MONAI loads transformers where it is installed. Its modules
+    # import others when they are looked at, and nnU-Net's search would end with "dictionary changed size".
+    from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
+
     batch = [mask[None, None] for mask in masks]
     hausdorff = compute_hausdorff_distance(*batch, include_background=True, percentile=95, spacing=spacing)
     average = compute_average_surface_distance(*batch, include_background=True, symmetric=True, spacing=spacing)

@@ -28,7 +28,7 @@ from nnunetv2_selfreg.benchmark.machine import commit, gpu_memory_in_use, machin
 from nnunetv2_selfreg.benchmark.metrics import folder_metrics
 from nnunetv2_selfreg.benchmark.protocol import Protocol
 from nnunetv2_selfreg.data.datasets import read_json
-from nnunetv2_selfreg.errors import FullDiskError, UserError
+from nnunetv2_selfreg.errors import UserError
 from nnunetv2_selfreg.files import is_full, replacing, says_full_disk
 
 PACKAGES = ("nnunetv2", "torch", "monai")
@@ -234,7 +234,7 @@ def is_full_disk(error: Exception, folder: Path) -> bool:
     """Whether `folder` has no room, for this process or for a command that it called and whose output is in there: what
     the command said of it may not have had room either."""
     said = error.printed if isinstance(error, ExitStatusError) else str(error)
-    return isinstance(error, FullDiskError) or says_full_disk(said) or is_full(folder, error)
+    return says_full_disk(said) or is_full(folder, error)
 
 
 def remove_broken_checkpoints(folder: Path) -> None:

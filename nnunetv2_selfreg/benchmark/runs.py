@@ -37,7 +37,7 @@ def benchmark(options: argparse.Namespace) -> int:
     """
     try:
         protocol = chosen_protocol(options)
-        require_trainers(options.tr)
+        discovery.require(options.tr)
         options.o.mkdir(parents=True, exist_ok=True)
         runs = chosen_runs(protocol, options)
     except FAILURES as error:
@@ -59,14 +59,6 @@ def benchmark(options: argparse.Namespace) -> int:
         print(f"The results are in {folder}. What they say:")
         print(shlex.join(["nnUNetv2_selfreg", "benchmark", "report", str(folder), "-o", "report"]))
     return status
-
-
-def require_trainers(names: list[str]) -> None:
-    """Raises UserError if nnU-Net does not find one of the trainers: before anything is planned for it."""
-    for name in names:
-        error = discovery.why_not_found(name)
-        if error is not None:
-            raise UserError(f"-tr {name}: {error}")
 
 
 def execute(runs: list[Run]) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from nnunetv2_selfreg.files import replacing
@@ -21,24 +21,26 @@ def add_terms_panel(output_folder: str, curves: dict[str, list[float]]) -> None:
     path = Path(output_folder) / "progress.png"
     if not curves or not path.is_file():
         return
-    with Image.open(path) as figure, Image.open(_panel(curves)) as panel:
+    panel = _panel(curves)
+    with Image.open(path) as figure:
         combined = Image.new("RGB", (figure.width, figure.height + panel.height), "white")
         combined.paste(figure.convert("RGB"), (0, 0))
-        combined.paste(panel.convert("RGB"), (0, figure.height))
+    combined.paste(panel, (0, combined.height - panel.height))
     with replacing(path) as part:
         combined.save(part, format="PNG", compress_level=1)  # the default level would take a second of every epoch
 
 
-def _panel(curves: dict[str, list[float]]) -> BytesIO:
+def _panel(curves: dict[str, list[float]]) -> Image.Image:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot: no global figure is left open
 
-    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=100, layout="tight")
+    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=100)
+    figure.subplots_adjust(left=0.05, right=0.98, bottom=0.08, top=0.94)  # a layout that adapts draws everything twice
     axes = figure.subplots()
     for name, values in curves.items():
         axes.plot(range(len(values)), values, linewidth=4, label=name)
     axes.set(xlabel="epoch", ylabel="terms of the training loss, without their weights")
-    axes.legend(loc=(0, 1))
-    picture = BytesIO()
-    figure.savefig(picture)
-    picture.seek(0)
-    return picture
+    axes.legend(loc=(0, 1), ncols=len(curves))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

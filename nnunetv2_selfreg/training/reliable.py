@@ -96,7 +96,7 @@ class ReliableTraining(_Trainer):
         try:
             yield
         except (OSError, RuntimeError) as error:
-            if not (isinstance(error, FullDiskError) or says_full_disk(str(error))):
+            if not says_full_disk(str(error)):
                 raise
             said = str(error) if isinstance(error, FullDiskError) else f"{one_line(error)}. Make room there."
             raise FullDiskError(f"{said} {self._where_to_continue()}") from error

@@ -12,7 +12,7 @@ from nnunetv2_selfreg import discovery
 from nnunetv2_selfreg.data.datasets import labeled_cases, preprocessed_folder
 from nnunetv2_selfreg.data.preprocessing import prepare
 from nnunetv2_selfreg.data.splits import check_fold
-from nnunetv2_selfreg.errors import UserError
+from nnunetv2_selfreg.errors import UserError, one_line
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
@@ -33,16 +33,14 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace, traine
             if not arguments.f.isdecimal():
                 raise UserError(f"-f {arguments.f} is no fold: give its number, or all")
             check_fold(folder / "splits_final.json", int(arguments.f), labeled_cases(folder))
-        for name in trainers:
-            if error := discovery.why_not_found(name):
-                raise UserError(f"-tr {name}: {error}")
+        discovery.require(trainers)
         if arguments.device == "cuda" and not torch.cuda.is_available():
             raise UserError("there is no GPU here; -device cpu measures without")
         output: Path | None = getattr(arguments, "o", None)
         if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
             raise UserError(f"-o {output}: give a file in a folder that exists")
     except UserError as error:
-        parser.error(" ".join(str(error).split()))
+        parser.error(one_line(error))
 
 
 def build(name: str, arguments: argparse.Namespace) -> Any:

@@ -308,8 +308,28 @@ def test_unknown_trainer_is_one_line_before_anything_is_made(protocol, monkeypat
     assert not (protocol / "runs").exists()
 
 
+TRANSFORMERS = """
+import sys, types
+
+class Alias(types.ModuleType):
+    def __getattr__(self, name):  # as those of transformers 5, which import what they stand for when they are looked at
+        sys.modules[f"transformers.loaded_{len(sys.modules)}"] = types.ModuleType(name)
+        raise AttributeError(name)
+
+sys.modules["transformers.alias"] = Alias("transformers.alias")
+"""
+
+
+def test_trainers_are_found_where_modules_import_others_when_they_are_looked_at(tmp_path):
+    """MONAI loads transformers if it is there; nnU-Net's search iterates over sys.modules and looks at each."""
+    (tmp_path / "transformers.py").write_text(TRANSFORMERS)
+    find = "import nnunetv2_selfreg.benchmark.runs as runs; runs.discovery.require(['nnUNetTrainerSelfReg'])"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    subprocess.run([sys.executable, "-c", find], env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
 def test_failed_run_is_reported_and_the_status_tells(protocol, quick_commands, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "require_trainers", lambda names: None)  # it is found here, and not by the command
+    monkeypatch.setattr(runs.discovery, "require", lambda names: None)  # it is found here, and not by the command
     assert run(protocol, "-tr", "nnUNetTrainerUnknown") == 1
     error = capsys.readouterr().err
     assert "nnUNetTrainerUnknown-fold2-1: nnUNetv2_train" in error
