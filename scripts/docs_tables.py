@@ -5,6 +5,7 @@ python scripts/docs_tables.py
 
 from __future__ import annotations
 
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -167,6 +168,21 @@ def of_costs(name: str, titles: dict[str, str]) -> str:
     return without_notes(cost_table([result for result in results if result["trainer"] in titles]))
 
 
+def of_steps(name: str) -> str:
+    """Times and memory of steps beside those of stock, as scripts/measure/step_time.py stored them: eager.json has all
+    trainers, compiled-X.json each of them."""
+    folder = DOCS / "results" / name
+    measured = {file.stem: json.loads(file.read_text())["rows"] for file in sorted(folder.glob("*.json"), reverse=True)}
+    lines = table_head("trainer", "", "step, ms", "ratio to stock (quartiles)", "memory, MiB", "ratio")
+    for way, rows in measured.items():
+        for row in rows:
+            quartiles = "–".join(f"{value:.2f}" for value in row["ratio_quartiles"])
+            time = f"{1000 * row['seconds']:.0f}", f"{row['ratio']:.2f} ({quartiles})"
+            memory = f"{row['memory_mib']:.0f}", f"{row['memory_ratio']:.2f}"
+            lines.append(table_row(row["trainer"], way.partition("-")[0], *time, *memory))
+    return "\n".join(lines)
+
+
 def measured() -> str:
     """The Dice of the trainers that were run several times."""
     lines = table_head("", "stock nnU-Net", *(f"`{trainer}`" for trainer in MEASURED_TRAINERS[1:]))
@@ -187,7 +203,13 @@ def _difference(differences: pd.DataFrame, trainer: str, metric: str) -> tuple[s
 
 
 PAGES = {
-    "results.md": {name: partial(of_protocol, name) for name in PROTOCOLS},
+    "results.md": {
+        **{name: partial(of_protocol, name) for name in PROTOCOLS},
+        "left-atrium-half-h200": partial(
+            of_trials, "left-atrium-half-h200", {STOCK: "stock nnU-Net", SELFREG: "SelfReg"}
+        ),
+        "steps-h200": partial(of_steps, "steps-h200"),
+    },
     "selfreg.md": {
         "trials": partial(of_trials, "hippocampus-2d-cpu", SELFREG_TRIALS),
         "trials in 3D": partial(of_trials, "hippocampus-cpu", SELFREG_TRIALS),
