@@ -9,7 +9,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from nnunetv2_selfreg.data.targets import WithSignedDistances
+from nnunetv2_selfreg.data.targets import LabeledStream
 from nnunetv2_selfreg.data.unlabeled import UnlabeledPool
 from nnunetv2_selfreg.data.views import TwoViews
 
@@ -45,7 +45,7 @@ class TwoStreamLoader:
     `target`: of the labelled samples alone, as nnU-Net makes it; `keys`: of all samples.
     """
 
-    def __init__(self, labeled: nnUNetDataLoader | WithSignedDistances, unlabeled: UnlabeledLoader) -> None:
+    def __init__(self, labeled: nnUNetDataLoader | LabeledStream, unlabeled: UnlabeledLoader) -> None:
         self.labeled = labeled
         self.unlabeled = unlabeled
 

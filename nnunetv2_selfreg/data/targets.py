@@ -1,8 +1,9 @@
-"""Targets beside the segmentation, made in the worker processes."""
+"""What labelled samples have beside nnU-Net's image and target, made in the worker processes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 import torch
@@ -10,10 +11,41 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
 from nnunetv2_selfreg.data.foreground import Foreground
 from nnunetv2_selfreg.data.signed_distance import signed_distance_map
+from nnunetv2_selfreg.data.views import LabeledViews
 from nnunetv2_selfreg.tensors import at_full_resolution
 
 
-class WithSignedDistances:
+class LabeledStream:
+    """nnU-Net's labelled stream, whose batches a family extends."""
+
+    def __init__(self, loader: nnUNetDataLoader | LabeledStream) -> None:
+        self.loader = loader
+
+    def set_thread_id(self, thread_id: int) -> None:
+        self.loader.set_thread_id(thread_id)
+
+    def __iter__(self) -> LabeledStream:
+        return self
+
+    def __next__(self) -> dict:
+        raise NotImplementedError
+
+
+class WithWeakView(LabeledStream):
+    """nnU-Net's labelled stream, whose batches have `labeled_weak` too: the same patches, `(L, C, *patch)`, in the same
+    place, with intensities as they are."""
+
+    def __init__(self, loader: nnUNetDataLoader) -> None:
+        super().__init__(copy(loader))  # others make their views of the transforms of this one
+        self.loader.transforms = LabeledViews(loader.transforms)
+
+    def __next__(self) -> dict:
+        batch = next(self.loader)
+        strong, weak = batch["data"].chunk(2, 1)
+        return {**batch, "data": strong, "labeled_weak": weak}
+
+
+class WithSignedDistances(LabeledStream):
     """nnU-Net's labelled stream, whose batches have `distance` too: `(L, K, *patch)`, float32, the signed distance map
     of each foreground class or region.
 
@@ -23,15 +55,9 @@ class WithSignedDistances:
 
     def __init__(self, loader: nnUNetDataLoader, foreground: Foreground, spacing: Sequence[float]) -> None:
         """`loader` yields nnU-Net's batches; `spacing` is the configuration's, in mm."""
-        self.loader = loader
+        super().__init__(loader)
         self.foreground = foreground
         self.spacing = tuple(spacing)
-
-    def set_thread_id(self, thread_id: int) -> None:
-        self.loader.set_thread_id(thread_id)
-
-    def __iter__(self) -> WithSignedDistances:
-        return self
 
     def __next__(self) -> dict:
         batch = next(self.loader)

@@ -40,12 +40,33 @@ class TwoViews:
         sample = {"image": image}
         if self.masked_channels:
             sample["segmentation"] = outside_of_body(image[self.masked_channels])
-        sample = self.shared(**sample)
+        return self._views(self.shared(**sample))
+
+    def _views(self, sample: dict) -> tuple[Tensor, Tensor]:
+        """Of a sample in its geometry."""
         strong = self.intensity(image=sample["image"].clone())["image"]
         return self._mask(strong, sample), self._mask(sample["image"], sample)
 
     def _mask(self, image: Tensor, sample: dict) -> Tensor:
         return self.masking(**{**sample, "image": image})["image"]
+
+
+class LabeledViews(TwoViews):
+    """The two views of a labelled patch, in the place of nnU-Net's transforms.
+
+    nnU-Net's loader expects one image of them: the strong view's channels, then the weak view's. The segmentation is
+    transformed as nnU-Net does it, and masks the body.
+    """
+
+    def __init__(self, transforms: ComposeTransforms) -> None:
+        super().__init__(transforms)
+        self.segmentation = ComposeTransforms([t for t in transforms.transforms if _kind(t) is SegOnlyTransform])
+
+    def __call__(self, image: Tensor, segmentation: Tensor) -> dict:
+        """`image` `(2 C, *spatial)` and `segmentation`, at all scales, of an image `(C, *spatial)`."""
+        sample = self.shared(image=image, segmentation=segmentation)
+        views = torch.cat(self._views(sample))
+        return {"image": views, **self.segmentation(segmentation=sample["segmentation"])}
 
 
 def outside_of_body(image: Tensor) -> Tensor:

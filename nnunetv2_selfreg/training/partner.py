@@ -70,19 +70,21 @@ class WithPartners(SemiSupervised):
         self._partners[name] = Partner(self, module)
         return self._partners[name]
 
-    def second_network(self, output_channels: int) -> nn.Module:
-        """Another network of the planned architecture, without deep supervision.
+    def second_network(self, output_channels: int, deep_supervision: bool = False) -> nn.Module:
+        """Another network of the planned architecture.
 
         Raises:
-            NotImplementedError: the architecture learns with deep supervision only.
+            NotImplementedError: the architecture learns with deep supervision only, and here is none.
         """
         network = self.build_network_architecture(
             self.plans_manager,
             self.configuration_manager,
             self.num_input_channels,
             output_channels,
-            enable_deep_supervision=False,
+            enable_deep_supervision=deep_supervision,
         )
+        if deep_supervision:
+            return network
         if getattr(network, "needs_deep_supervision", False):
             raise UnsupportedError(
                 f"{type(self).__name__} trains a second network without deep supervision, with which alone "

@@ -21,6 +21,8 @@ from nnunetv2_selfreg.losses import SelfRegularizedLoss
 from nnunetv2_selfreg.losses.consistency import gaussian_ramp_up
 from nnunetv2_selfreg.losses.terms import Weighted
 from nnunetv2_selfreg.networks.features import FeatureTaps
+from nnunetv2_selfreg.networks.kmax import KMaxUXNet
+from nnunetv2_selfreg.networks.mask_decoder import MaskPredictor
 from nnunetv2_selfreg.training.copy_paste import CopyPaste, Mixtures
 from nnunetv2_selfreg.training.mean_teacher import MeanTeacher
 from nnunetv2_selfreg.training.optimizers import WarmUpAdamW
@@ -150,6 +152,35 @@ class ThreefoldBatch(nnUNetTrainer):
         self.batch_size *= 3
 
 
+class QueriesWithoutActivation(KMaxUXNet):
+    """Nothing follows a residual of the queries."""
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        for layer in self.decoder.mask_decoder.layers:
+            layer.activation = nn.Identity()
+
+
+class LargeMaskLogits(KMaxUXNet):
+    """The scale of the mask logits starts at 1."""
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        for module in self.modules():
+            if isinstance(module, MaskPredictor):
+                nn.init.ones_(module.scale)
+
+
+class LiveBranches(KMaxUXNet):
+    """The queries' residual branches start at the size of what they are added to."""
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        for layer in self.decoder.mask_decoder.layers:
+            for branch in (layer.update, layer.attention, layer.feed_forward):
+                nn.init.ones_(branch[-1].weight)
+
+
 class Trial:
     """A trainer that differs from another one.
 
@@ -274,6 +305,30 @@ TRIALS = {
     "nnUNetTrainerSelfRegUXNetNarrow": Trial("nnUNetTrainerSelfRegUXNet", "UX-Net with SelfReg", **NARROW),
     "nnUNetTrainerKMaxUXNetNarrow": Trial(
         "nnUNetTrainerKMaxUXNet", "k-means UX-Net: AdamW, 5e-4 (the default)", **NARROW
+    ),
+    "nnUNetTrainerKMaxUXNetNarrowFast": Trial(
+        "nnUNetTrainerKMaxUXNetNarrow", "k-means UX-Net: AdamW, 2e-3", learning_rate=2e-3
+    ),
+    "nnUNetTrainerKMaxUXNetNarrowSlow": Trial(
+        "nnUNetTrainerKMaxUXNetNarrow", "k-means UX-Net: AdamW, 1e-4, as published", learning_rate=1e-4
+    ),
+    "nnUNetTrainerKMaxUXNetNarrowWeight1": Trial(
+        "nnUNetTrainerKMaxUXNetNarrow", "k-means UX-Net: query weight 1", query_weight=1.0
+    ),
+    "nnUNetTrainerKMaxUXNetNarrowScale1": Trial(
+        "nnUNetTrainerKMaxUXNetNarrow",
+        "k-means UX-Net: mask logits start ten times as large",
+        network_class=LargeMaskLogits,
+    ),
+    "nnUNetTrainerKMaxUXNetNarrowNoActivation": Trial(
+        "nnUNetTrainerKMaxUXNetNarrow",
+        "k-means UX-Net: no activation after residuals",
+        network_class=QueriesWithoutActivation,
+    ),
+    "nnUNetTrainerKMaxUXNetNarrowLiveBranches": Trial(
+        "nnUNetTrainerKMaxUXNetNarrow",
+        "k-means UX-Net: residual branches do not start at 0",
+        network_class=LiveBranches,
     ),
     "nnUNetTrainerKMaxUXNetNarrowSGD": Trial(
         "nnUNetTrainerKMaxUXNetNarrow", "k-means UX-Net: nnU-Net's SGD, 1e-2", configure_optimizers=SGD

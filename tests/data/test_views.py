@@ -8,7 +8,7 @@ from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from workspace import seed
 
-from nnunetv2_selfreg.data.views import TwoViews, outside_of_body
+from nnunetv2_selfreg.data.views import LabeledViews, TwoViews, outside_of_body
 
 
 def transforms(dimension: int, dummy_2d: bool = False, masks: bool = False):
@@ -91,3 +91,26 @@ def test_mask_is_the_images_own_with_holes_filled():
     assert set(mask.unique().tolist()) == {-1, 0}
     assert mask[0, 3, 3] == 0
     assert (mask == 0).sum() == 9
+
+
+@pytest.mark.parametrize(("dimension", "dummy_2d"), CASES)
+@pytest.mark.parametrize("masks", [False, True])
+def test_weak_view_and_target_of_a_labelled_patch_are_what_nnunets_own_list_makes_without_intensities(
+    dimension, dummy_2d, masks
+):
+    everything = transforms(dimension, dummy_2d, masks)
+    spatial = [t for t in everything.transforms if not isinstance(t, RandomTransform)]
+    views, picture = LabeledViews(everything), image(dimension, dummy_2d)
+    labels = (picture[:1] > 0.8).to(torch.int16) + (picture[:1] > 1.2) - (picture[:1] == 0).to(torch.int16)
+    differ = 0
+    for number in range(10):
+        seed(number)
+        expected = ComposeTransforms(spatial)(image=picture.clone(), segmentation=labels.clone())
+        seed(number)
+        found = views(image=picture.clone(), segmentation=labels.clone())
+        strong, weak = found["image"].chunk(2)
+        torch.testing.assert_close(weak, expected["image"], rtol=0, atol=0)
+        torch.testing.assert_close(found["segmentation"], expected["segmentation"], rtol=0, atol=0)
+        differ += not torch.equal(strong, weak)
+        assert not masks or (strong[0][weak[0] == 0] == 0).float().mean() > 0.9
+    assert differ > 4

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,12 +12,9 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
 from nnunetv2_selfreg.losses.kmax import KMaxLoss
-from nnunetv2_selfreg.networks.kmax import (
-    PUBLISHED,
-    KMaxLayer,
-    KMaxUXNet,
-    MaskDecoder,
-    MaskPredictor,
+from nnunetv2_selfreg.networks.kmax import KMaxUXNet
+from nnunetv2_selfreg.networks.mask_decoder import PUBLISHED, KMaxLayer, MaskDecoder, MaskPredictor, SelfAttention
+from nnunetv2_selfreg.networks.queries import (
     cluster_means,
     fewest_queries,
     hard_assignment,
@@ -74,7 +73,7 @@ def test_segmentation_is_the_distribution_times_the_class_scores():
     decoder.seg_layers.register_forward_hook(lambda _m, _i, output: seen.update(scores=output))
     segmentation, *log_assignments = decoder(*features)
     q = torch.softmax(seen["masks"], 1)
-    expected = sum(q[:, n, None] * seen["scores"][:, n, :, None, None] for n in range(16))
+    expected = sum(q[:, n, None] * seen["scores"][:, :, n, None, None] for n in range(16))
     torch.testing.assert_close(segmentation, expected)
     torch.testing.assert_close(log_assignments[-1].exp()[:, 0], q[:, :2].sum(1))
     assert [tuple(a.shape[2:]) for a in log_assignments] == [(2, 3)] * 2 + [(4, 6)] * 3
@@ -86,74 +85,136 @@ def test_cluster_means_and_assignment_against_loops(seed, queries, batch):
     generator = torch.Generator().manual_seed(seed)
     logits, values = (torch.randn(batch, n, 3, 2, generator=generator) for n in (queries, 4))
     result = cluster_means(values, hard_assignment(logits))
-    expected = np.zeros((batch, queries, 4))
+    expected = np.zeros((batch, 4, queries))
     for b in range(batch):
         belongs = logits[b].flatten(1).numpy().argmax(0)
         for n in set(belongs):
-            expected[b, n] = values[b].flatten(1).numpy()[:, belongs == n].mean(1)
+            expected[b, :, n] = values[b].flatten(1).numpy()[:, belongs == n].mean(1)
     np.testing.assert_allclose(result.numpy(), expected, atol=1e-5)
 
 
 def test_large_clusters_are_counted_in_half_precision():
     values = torch.ones(1, 2, 70000, dtype=torch.float16)
     assignment = torch.ones(1, 1, 70000, dtype=torch.float16)
-    torch.testing.assert_close(cluster_means(values, assignment), torch.ones(1, 1, 2))
+    torch.testing.assert_close(cluster_means(values, assignment), torch.ones(1, 2, 1))
 
 
 @pytest.mark.parametrize("size", [0.0, 6e4])
 def test_keys_of_any_size_are_normalised_in_half_precision(size):
     """Squares of the one are too small for it, of the other too large."""
     masks = MaskPredictor(torch.nn.Conv2d, 4, PUBLISHED).half()
-    with torch.no_grad():
-        masks.voxel_key.weight.zero_()
-        masks.voxel_key.bias.fill_(size)
-    logits = masks(torch.ones(1, 3, 256, dtype=torch.float16), torch.ones(1, 4, 2, 2, dtype=torch.float16))
+    masks.voxel_key = torch.nn.Identity()
+    feature = torch.full((1, PUBLISHED.key_width, 2, 2), size, dtype=torch.float16)
+    logits = masks(torch.randn(1, 256, 3, dtype=torch.float16), feature)
+    assert logits.dtype == torch.float32
     assert torch.isfinite(logits).all()
     assert bool(logits.abs().sum() > 0) == (size > 0)
+
+
+def lively(module):
+    """With residual branches that do not start at 0, as after some training."""
+    for layer in module.modules():
+        if isinstance(layer, KMaxLayer):
+            for branch in (layer.update, layer.attention, layer.feed_forward):
+                torch.nn.init.ones_(branch[-1].weight)
+    return module
+
+
+def test_fresh_decoder_changes_its_queries_by_activations_alone():
+    """Whatever the images: all branches start at 0."""
+    network = small()
+    decoder, seen = network.decoder.mask_decoder, []
+    decoder.mask_query.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    network(image())
+    network(image() + 3)
+    expected = decoder.queries.detach()
+    for _ in range(2 * len(decoder.layers)):
+        expected = torch.nn.functional.gelu(expected)
+    for queries in seen:
+        torch.testing.assert_close(queries, expected.expand(2, -1, -1), rtol=0, atol=0)
+    lively(network)(image())
+    assert not torch.allclose(seen[-1], seen[0], atol=0.1)
+
+
+def test_mask_logits_start_with_a_deviation_of_a_tenth():
+    network, found = small(width=16, queries=128), []
+    for module in network.modules():
+        if isinstance(module, MaskPredictor):
+            module.register_forward_hook(lambda _m, _i, logits: found.append(float(logits.detach().std())))
+    network(image())
+    assert len(found) == 7
+    np.testing.assert_allclose(found, 0.1, rtol=0.1)
+
+
+def test_layer_adds_both_branches_of_the_queries_before_them():
+    torch.manual_seed(0)
+    layer = lively(KMaxLayer(torch.nn.Conv2d, 4, PUBLISHED))
+    queries, feature = torch.randn(2, 256, 8), torch.randn(2, 4, 6, 5)
+    moved, mask_logits = layer(queries, feature)
+    space, voxels = layer.space(queries), layer.voxels(feature)
+    torch.testing.assert_close(mask_logits, layer.masks(space, voxels))
+    centres = layer.value(cluster_means(voxels, hard_assignment(mask_logits)))
+    gelu = torch.nn.functional.gelu
+    between = gelu(queries + layer.update(centres) + layer.attention(space))
+    torch.testing.assert_close(moved, gelu(between + layer.feed_forward(between)))
+
+
+def test_attention_is_that_of_torch():
+    """With keys as wide as values, the only kind that torch has."""
+    sizes = replace(PUBLISHED, width=16, key_width=16, heads=4)
+    attention, queries = SelfAttention(sizes), torch.randn(2, 16, 6)
+    attention.query_key_value[1] = attention.norm = torch.nn.Identity()
+    theirs = torch.nn.MultiheadAttention(16, 4, bias=False, batch_first=True)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(attention.query_key_value[0].weight[..., 0])
+        theirs.out_proj.weight.copy_(torch.eye(16))
+    rows = queries.transpose(1, 2)
+    expected, _ = theirs(rows, rows, rows)
+    torch.testing.assert_close(attention(queries), expected.transpose(1, 2))
 
 
 def test_queries_move_by_the_mean_value_of_their_voxels():
     torch.manual_seed(0)
     layer = KMaxLayer(torch.nn.Conv2d, 4, PUBLISHED)
-    queries, feature = torch.randn(1, 3, 256), torch.randn(1, 4, 2, 3)
+    queries, feature = torch.randn(1, 256, 3), torch.randn(1, 4, 2, 3)
     seen = []
     layer.update.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
     _, mask_logits = layer(queries, feature)
-    voxels = layer.norm(feature)[0].flatten(1).T
+    voxels = layer.voxels(feature)[0].flatten(1)
     belongs = mask_logits[0].flatten(1).argmax(0)
     assert len(belongs.unique()) > 1
     for query in range(3):
-        values = layer.value(voxels[belongs == query])
-        expected = values.mean(0) if len(values) else torch.zeros(256)
-        torch.testing.assert_close(seen[0][query], expected, rtol=1e-4, atol=1e-5)
+        values = layer.value.weight[..., 0] @ voxels[:, belongs == query]
+        expected = values.mean(1) if values.shape[1] else torch.zeros(256)
+        torch.testing.assert_close(seen[0][:, query], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_hard_assignment_gets_no_gradient():
     """A layer's mask logits have no influence on its queries that a gradient could follow."""
-    layer = KMaxLayer(torch.nn.Conv3d, 4, PUBLISHED)
-    queries, feature = torch.randn(1, 8, 256, requires_grad=True), torch.randn(1, 4, 2, 3, 4, requires_grad=True)
+    layer = lively(KMaxLayer(torch.nn.Conv3d, 4, PUBLISHED))
+    queries, feature = torch.randn(1, 256, 8, requires_grad=True), torch.randn(1, 4, 2, 3, 4, requires_grad=True)
     moved, mask_logits = layer(queries, feature)
-    moved.sum().backward(retain_graph=True)
+    moved.square().sum().backward(retain_graph=True)
     assert all(p.grad is None for p in layer.masks.parameters())
     assert layer.value.weight.grad.abs().sum() > 0
-    mask_logits.sum().backward()
+    mask_logits.square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in layer.masks.parameters() if p.ndim > 1)
     logits = torch.randn(1, 8, 5, requires_grad=True)
     assert not hard_assignment(logits).requires_grad
 
 
 def test_permuting_queries_within_groups_changes_nothing():
-    network = small()
+    network = lively(small())
     expected = network(image())
     sizes = network.decoder.mask_decoder.groups
     order = torch.cat([torch.randperm(n) + sum(sizes[:i]) for i, n in enumerate(sizes)])
     assert not torch.equal(order, torch.arange(24))
     with torch.no_grad():
         queries = network.decoder.mask_decoder.queries
-        queries.copy_(queries[order])
+        queries.copy_(queries[:, order])
     torch.testing.assert_close(network(image()), expected, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
-        queries.copy_(queries.flip(0))  # across groups
+        queries.copy_(queries.flip(1))  # across groups
     assert not torch.allclose(network(image()).log_assignments[-1], expected.log_assignments[-1], atol=1e-3)
 
 
@@ -193,11 +254,15 @@ def test_without_deep_supervision_the_segmentation_stays_and_the_last_stage_is_n
 
 
 def test_every_parameter_learns_with_a_single_sample():
+    """In the second step at the latest: the first one wakes the residual branches."""
     network = small()
-    loss_of(network, image(1)).backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
-    # Keys of the self-attention learn nothing from a bias that all share.
-    silent = [n for n, p in network.named_parameters() if p.grad.abs().sum() == 0 and not n.endswith("key.bias")]
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_of(network, image(1)).backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
+        silent = {name for name, p in network.named_parameters() if p.grad.abs().sum() == 0}
+        optimizer.step()
     assert not silent
 
 

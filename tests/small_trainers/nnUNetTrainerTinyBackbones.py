@@ -3,6 +3,7 @@
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_selfreg.training.backbones import KMaxUXNetBackbone, SwinUNETRBackbone, UXNetBackbone
+from nnunetv2_selfreg.training.query_consistency import QueryConsistency
 from nnunetv2_selfreg.training.selfreg import SelfRegularized
 
 
@@ -12,6 +13,20 @@ class nnUNetTrainerTinyUXNet(UXNetBackbone, nnUNetTrainer):
 
 class nnUNetTrainerTinyKMaxUXNet(KMaxUXNetBackbone, nnUNetTrainer):
     width, deepest, queries = 4, 16, 24
+
+
+class nnUNetTrainerTinyDualKMaxUXNet(QueryConsistency, nnUNetTrainerTinyKMaxUXNet):
+    pass
+
+
+class nnUNetTrainerTinyDualKMaxUXNetTwo(nnUNetTrainerTinyDualKMaxUXNet):
+    """Two networks."""
+
+    shared_weights = False
+
+
+class nnUNetTrainerTinySelfRegDualKMaxUXNet(SelfRegularized, nnUNetTrainerTinyDualKMaxUXNet):
+    pass
 
 
 class nnUNetTrainerTinySwinUNETR(SwinUNETRBackbone, nnUNetTrainer):

@@ -15,8 +15,7 @@ class TestUXNet(_Backbone, TrainerContract):
     tools_are_chosen = False
 
 
-class TestKMaxUXNet(_Backbone):
-    trainer = "nnUNetTrainerTinyKMaxUXNet"
+class _KMaxUXNet(_Backbone):
     terms = ("query_segmentation", "convolutional", "query_distribution")
     chosen = (("ignore", "3d_fullres"),)
 
@@ -28,6 +27,27 @@ class TestKMaxUXNet(_Backbone):
         run = Run(cells.data_sets.name(variant), configuration, self.trainer)
         with pytest.raises(NotImplementedError, match=f"{run.data_set} has regions"):
             run.build().initialize()
+
+
+class TestKMaxUXNet(_KMaxUXNet):
+    trainer = "nnUNetTrainerTinyKMaxUXNet"
+
+
+class TestDualKMaxUXNet(_KMaxUXNet):
+    trainer = "nnUNetTrainerTinyDualKMaxUXNet"
+    terms = (*_KMaxUXNet.terms, "segmentation", "strong_segmentation", "segmentation_consistency", "query_consistency")
+    trains_cascades = False
+
+
+class TestDualKMaxUXNetTwo(TestDualKMaxUXNet):
+    trainer = "nnUNetTrainerTinyDualKMaxUXNetTwo"
+    chosen = ()
+
+
+class TestSelfRegDualKMaxUXNet(TestDualKMaxUXNet):
+    trainer = "nnUNetTrainerTinySelfRegDualKMaxUXNet"
+    chosen = ()
+    terms = (*TestDualKMaxUXNet.terms, "scr", "ifd")
 
 
 class TestSwinUNETR(_Backbone):

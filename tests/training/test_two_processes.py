@@ -81,7 +81,9 @@ def train_and_report(rank: int, folder: str, trainer) -> None:
             "unlabeled": unlabeled,
             "first_teacher": first_teacher,
             "teacher": copied_weights(trainer, "teacher"),
-            "partner": copied_weights(getattr(trainer, "distance_partner", None), "module"),
+            "partner": [
+                p for partner in getattr(trainer, "_partners", {}).values() for p in copied_weights(partner, "module")
+            ],
         },
         f"{folder}/rank{rank}.pth",
     )
@@ -106,6 +108,7 @@ TERMS = {
     "nnUNetTrainerTinySwinUNETR": set(),
     "nnUNetTrainerTinySelfRegUXNet": {"segmentation", "scr", "ifd"},
     "nnUNetTrainerTinyKMaxUXNet": {"query_segmentation", "convolutional", "query_distribution"},
+    "nnUNetTrainerTinyDualKMaxUXNetTwo": {"segmentation", "query_distribution", "query_consistency"},
 }
 
 
@@ -137,7 +140,7 @@ def test_ranks_see_different_batches_and_agree_on_the_weights(ranks):
 
 def test_unlabelled_samples_are_divided_among_the_ranks(ranks):
     results, _, terms = ranks
-    expected = [2, 1] if terms & {"consistency", "unlabeled_part"} else [0, 0]
+    expected = [2, 1] if terms & {"consistency", "unlabeled_part", "query_consistency"} else [0, 0]
     assert [result["unlabeled"] for result in results] == [[share] * ITERATIONS for share in expected]
 
 

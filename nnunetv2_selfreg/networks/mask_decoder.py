@@ -1,0 +1,211 @@
+"""The k-means mask decoder: queries are cluster centres of the voxels of several feature maps.
+
+Sources: Yu et al., "k-means Mask Transformer" (kMaX-DeepLab), ECCV 2022, and its released program (the layer); Wu, Li,
+Zhang, "Dual KMax UX-Net", ISBI 2024 (3D, query groups, segmentation from the query distribution).
+
+    query distribution Q = softmax over the queries of the mask logits           N x voxels
+    segmentation       S = sum over the queries of Q * class scores              K x voxels
+    merged assignment  A = Q summed over each class's group of queries           K x voxels
+
+As released: activations after projections and residuals, residual branches whose norm starts at 0, mask logits with a
+learned scale that starts at 0.1, a depthwise mask head, self-attention that reads the queries before they are updated.
+
+Ours: instance norms (of queries: over the queries) in the place of batch norms, since two samples a step must do; the
+mean of a cluster's voxels as its centre, not their sum; similarities divided by the root of their length and mask
+logits by nothing, in the place of a norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from dynamic_network_architectures.building_blocks.helper import get_matching_instancenorm
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnunetv2_selfreg.networks.queries import (
+    cluster_means,
+    hard_assignment,
+    log_query_distribution,
+    merged,
+    query_groups,
+)
+from nnunetv2_selfreg.tensors import at_least_single
+
+QUERIES = 128
+MASK_SCALE = 0.1
+
+
+@dataclass(frozen=True)
+class MaskDecoderSizes:
+    """Sizes of the mask decoder besides the number of queries; the defaults are kMaX-DeepLab's."""
+
+    width: int = 256
+    """Channels of a query, and of its values."""
+    key_width: int = 128
+    """Channels in which voxels and queries are compared; a multiple of `heads`, as `width` is."""
+    heads: int = 8
+    """Number of heads of the queries' self-attention."""
+    feed_forward_width: int = 2048
+    """Hidden channels of the block after it."""
+    layers_per_level: int = 2
+    """k-means layers that read one feature map."""
+    levels: int = 3
+    """Feature maps that are read, from the bottleneck up; fewer where the decoder has fewer below full resolution."""
+
+
+PUBLISHED = MaskDecoderSizes()
+
+
+class MaskDecoder(nn.Module):
+    """Updates the queries with the bottleneck and the two deepest decoder levels, two layers each, and reads the masks
+    off the feature map of the second stage, in most plans at half resolution: at full resolution 128 queries would take
+    a gigabyte a sample. A network of three stages has one decoder level below full resolution, which is all that is
+    read then.
+
+    Args:
+        channels: of the feature maps below full resolution, from the bottleneck up. The first ones update the queries,
+            the masks are read off the last one.
+        num_classes: K, with background.
+        queries: N.
+        sizes: of the rest.
+
+    Raises:
+        ValueError: too few queries for the classes.
+    """
+
+    def __init__(
+        self,
+        conv_op: type[nn.Module],
+        channels: Sequence[int],
+        num_classes: int,
+        queries: int,
+        sizes: MaskDecoderSizes,
+    ) -> None:
+        super().__init__()
+        self.groups = query_groups(queries, num_classes)
+        self.layers_per_level = sizes.layers_per_level
+        self.queries = nn.Parameter(torch.randn(sizes.width, queries))
+        self.layers = nn.ModuleList(
+            KMaxLayer(conv_op, of_level, sizes)
+            for of_level in channels[: sizes.levels]
+            for _ in range(sizes.layers_per_level)
+        )
+        self.mask_query = projection(nn.Conv1d, sizes.width, sizes.width)
+        self.masks = MaskPredictor(conv_op, channels[-1], sizes)
+        self.class_query = projection(nn.Conv1d, sizes.width, sizes.width)
+        # -pretrained_weights leaves out what has this name, since its shape depends on the number of classes.
+        self.seg_layers = nn.Conv1d(sizes.width, num_classes, 1)
+
+    def forward(self, *features: Tensor) -> tuple[Tensor, ...]:
+        """The segmentation at the resolution of the last feature map, then the logarithms of all merged assignments.
+
+        Args:
+            features: `(B, C, *spatial)` from the bottleneck up to the second stage.
+        """
+        queries = self.queries.expand(len(features[0]), -1, -1)
+        log_assignments = []
+        for number, layer in enumerate(self.layers):
+            queries, mask_logits = layer(queries, features[number // self.layers_per_level])
+            log_assignments.append(merged(log_query_distribution(mask_logits), self.groups))
+        log_distribution = log_query_distribution(self.masks(self.mask_query(queries), features[-1]))
+        scores = self.seg_layers(self.class_query(queries)).to(log_distribution.dtype)
+        segmentation = torch.einsum("bn...,bkn->bk...", log_distribution.exp(), scores)
+        return segmentation, *log_assignments, merged(log_distribution, self.groups)
+
+
+class KMaxLayer(nn.Module):
+    """A step of k-means and self-attention, then a feed-forward block; a fresh layer changes nothing but by GELU.
+
+        q <- GELU( q + update(centres) + attention(q) ),   q <- GELU( q + feed_forward(q) )
+
+    Each voxel belongs to the query with its largest mask logit; a query's centre is the mean of its voxels' values. (A
+    mean of linear projections is the projection of the mean, which needs no map of values. An empty cluster has the
+    centre 0.) No gradient passes through the assignment, so the mask logits learn from their own loss alone.
+    """
+
+    def __init__(self, conv_op: type[nn.Module], channels: int, sizes: MaskDecoderSizes) -> None:
+        super().__init__()
+        width = sizes.width
+        self.voxels = nn.Sequential(nn.GELU(), *projection(conv_op, channels, width))
+        self.space = projection(nn.Conv1d, width, width)
+        self.masks = MaskPredictor(conv_op, width, sizes)
+        self.value = nn.Conv1d(width, width, 1, bias=False)
+        self.update = nn.Sequential(instance_norm(nn.Conv1d, width), *residual_branch(width, width))
+        self.attention = nn.Sequential(SelfAttention(sizes), nn.GELU(), *residual_branch(width, width))
+        self.feed_forward = nn.Sequential(
+            *projection(nn.Conv1d, width, sizes.feed_forward_width), *residual_branch(sizes.feed_forward_width, width)
+        )
+        self.activation = nn.GELU()
+
+    def forward(self, queries: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """The queries `(B, width, N)` after a step, and the mask logits `(B, N, *spatial)` of those before it."""
+        voxels, space = self.voxels(feature), self.space(queries)
+        mask_logits = self.masks(space, voxels)
+        centres = self.value(cluster_means(voxels, hard_assignment(mask_logits)))
+        queries = self.activation(queries + self.update(centres) + self.attention(space))
+        return self.activation(queries + self.feed_forward(queries)), mask_logits
+
+
+class MaskPredictor(nn.Module):
+    """Mask logits `(B, N, *spatial)`: the L2-normalised key of each voxel times the key of each query, times a learned
+    scale that starts at 0.1, so that no query owns a voxel at first."""
+
+    def __init__(self, conv_op: type[nn.Module], channels: int, sizes: MaskDecoderSizes) -> None:
+        super().__init__()
+        self.voxel_key = nn.Sequential(
+            conv_op(channels, channels, 5, padding=2, groups=channels, bias=False),
+            instance_norm(conv_op, channels),
+            nn.GELU(),
+            *projection(conv_op, channels, sizes.width),
+            conv_op(sizes.width, sizes.key_width, 1, bias=False),
+            instance_norm(conv_op, sizes.key_width),
+        )
+        self.query_key = nn.Sequential(
+            nn.Conv1d(sizes.width, sizes.key_width, 1, bias=False), instance_norm(nn.Conv1d, sizes.key_width)
+        )
+        self.scale = nn.Parameter(torch.tensor(MASK_SCALE))
+
+    def forward(self, queries: Tensor, feature: Tensor) -> Tensor:
+        """Of queries `(B, width, N)` and a feature map `(B, C, *spatial)`; in single precision at least."""
+        key = F.normalize(at_least_single(self.voxel_key(feature)), dim=1)  # squares leave half precision's range
+        queries = self.scale * self.query_key(queries).to(key.dtype)
+        return torch.einsum("bdn,bd...->bn...", queries, key)
+
+
+class SelfAttention(nn.Module):
+    """Of the queries; the published one has narrower keys than values, which `nn.MultiheadAttention` has not."""
+
+    def __init__(self, sizes: MaskDecoderSizes) -> None:
+        super().__init__()
+        self.heads, self.parts = sizes.heads, [sizes.key_width, sizes.key_width, sizes.width]
+        self.query_key_value = nn.Sequential(
+            nn.Conv1d(sizes.width, sum(self.parts), 1, bias=False), instance_norm(nn.Conv1d, sum(self.parts))
+        )
+        self.norm = instance_norm(nn.Conv1d, sizes.width)
+
+    def forward(self, queries: Tensor) -> Tensor:
+        heads = (
+            part.unflatten(1, (self.heads, -1)).transpose(2, 3)
+            for part in self.query_key_value(queries).split(self.parts, 1)
+        )
+        return self.norm(F.scaled_dot_product_attention(*heads).transpose(2, 3).flatten(1, 2))
+
+
+def projection(conv_op: type[nn.Module], channels: int, width: int) -> nn.Sequential:
+    """Of voxels, or of queries with `nn.Conv1d`: each place by itself to other channels, with norm and activation."""
+    return nn.Sequential(conv_op(channels, width, 1, bias=False), instance_norm(conv_op, width), nn.GELU())
+
+
+def residual_branch(channels: int, width: int) -> nn.Sequential:
+    """The end of a branch of queries: its norm starts at 0, so the branch does."""
+    norm = instance_norm(nn.Conv1d, width)
+    nn.init.zeros_(norm.weight)
+    return nn.Sequential(nn.Conv1d(channels, width, 1, bias=False), norm)
+
+
+def instance_norm(conv_op: type[nn.Module], channels: int) -> nn.Module:
+    """Over the voxels, or over the queries, of a sample."""
+    return get_matching_instancenorm(conv_op)(channels, affine=True)
