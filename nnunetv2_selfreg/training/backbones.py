@@ -8,7 +8,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunetv2_selfreg.errors import SettingError, UnsupportedError, show_alone
-from nnunetv2_selfreg.networks.kmax import QUERIES, KMaxUXNet
+from nnunetv2_selfreg.networks.kmax import KMaxUXNet
+from nnunetv2_selfreg.networks.mask_decoder import PUBLISHED, QUERIES, MaskDecoderSizes
 from nnunetv2_selfreg.networks.swin import SwinUNETR
 from nnunetv2_selfreg.networks.uxnet import UXNet
 from nnunetv2_selfreg.training.checks import check_patch
@@ -109,11 +110,14 @@ class KMaxUXNetBackbone(QuerySegmentation, UXNetBackbone):
     queries: int = QUERIES
     """Number of cluster centres: an eighth for the background, equal shares of the rest for the other classes."""
 
+    mask_decoder_sizes: MaskDecoderSizes = PUBLISHED
+    """Widths and layers of the mask decoder; the defaults are kMaX-DeepLab's."""
+
     network_class = KMaxUXNet
 
     @classmethod
     def network_arguments(cls) -> dict:
-        return {**super().network_arguments(), "queries": cls.queries}
+        return {**super().network_arguments(), "queries": cls.queries, "sizes": cls.mask_decoder_sizes}
 
 
 class SwinUNETRBackbone(Backbone):

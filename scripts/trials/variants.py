@@ -22,7 +22,7 @@ from nnunetv2_selfreg.losses.consistency import gaussian_ramp_up
 from nnunetv2_selfreg.losses.terms import Weighted
 from nnunetv2_selfreg.networks.features import FeatureTaps
 from nnunetv2_selfreg.networks.kmax import KMaxUXNet
-from nnunetv2_selfreg.networks.mask_decoder import MaskPredictor
+from nnunetv2_selfreg.networks.mask_decoder import MaskDecoderSizes, MaskPredictor
 from nnunetv2_selfreg.training.copy_paste import CopyPaste, Mixtures
 from nnunetv2_selfreg.training.mean_teacher import MeanTeacher
 from nnunetv2_selfreg.training.optimizers import WarmUpAdamW
@@ -196,6 +196,7 @@ class Trial:
 
 
 NARROW = {"width": 16, "deepest": 128}  # the stock network of the benchmark's CPU scale has 16 to 128 channels
+SLIM = {"mask_decoder_sizes": MaskDecoderSizes(width=64, key_width=32, heads=4, feed_forward_width=256)}
 SGD = nnUNetTrainer.configure_optimizers
 
 TRIALS = {
@@ -306,30 +307,42 @@ TRIALS = {
     "nnUNetTrainerKMaxUXNetNarrow": Trial(
         "nnUNetTrainerKMaxUXNet", "k-means UX-Net: AdamW, 5e-4 (the default)", **NARROW
     ),
-    "nnUNetTrainerKMaxUXNetNarrowFast": Trial(
-        "nnUNetTrainerKMaxUXNetNarrow", "k-means UX-Net: AdamW, 2e-3", learning_rate=2e-3
+    "nnUNetTrainerKMaxUXNetSlim": Trial("nnUNetTrainerKMaxUXNetNarrow", "k-means UX-Net, slim: the default", **SLIM),
+    "nnUNetTrainerKMaxUXNetSlimFast": Trial("nnUNetTrainerKMaxUXNetSlim", "AdamW, 2e-3", learning_rate=2e-3),
+    "nnUNetTrainerKMaxUXNetSlimWeight1": Trial("nnUNetTrainerKMaxUXNetSlim", "query weight 1", query_weight=1.0),
+    "nnUNetTrainerKMaxUXNetSlimWeight0": Trial("nnUNetTrainerKMaxUXNetSlim", "query weight 0", query_weight=0.0),
+    "nnUNetTrainerKMaxUXNetSlimScale1": Trial(
+        "nnUNetTrainerKMaxUXNetSlim", "mask logits start ten times as large", network_class=LargeMaskLogits
     ),
-    "nnUNetTrainerKMaxUXNetNarrowSlow": Trial(
-        "nnUNetTrainerKMaxUXNetNarrow", "k-means UX-Net: AdamW, 1e-4, as published", learning_rate=1e-4
+    "nnUNetTrainerKMaxUXNetSlimNoActivation": Trial(
+        "nnUNetTrainerKMaxUXNetSlim", "no activation after residuals", network_class=QueriesWithoutActivation
     ),
-    "nnUNetTrainerKMaxUXNetNarrowWeight1": Trial(
-        "nnUNetTrainerKMaxUXNetNarrow", "k-means UX-Net: query weight 1", query_weight=1.0
+    "nnUNetTrainerKMaxUXNetSlimLiveBranches": Trial(
+        "nnUNetTrainerKMaxUXNetSlim", "residual branches do not start at 0", network_class=LiveBranches
     ),
-    "nnUNetTrainerKMaxUXNetNarrowScale1": Trial(
-        "nnUNetTrainerKMaxUXNetNarrow",
-        "k-means UX-Net: mask logits start ten times as large",
-        network_class=LargeMaskLogits,
+    "nnUNetTrainerDualKMaxUXNetSlim": Trial(
+        "nnUNetTrainerDualKMaxUXNet", "Dual KMax UX-Net, slim: both consistencies, the default", **NARROW, **SLIM
     ),
-    "nnUNetTrainerKMaxUXNetNarrowNoActivation": Trial(
-        "nnUNetTrainerKMaxUXNetNarrow",
-        "k-means UX-Net: no activation after residuals",
-        network_class=QueriesWithoutActivation,
+    "nnUNetTrainerDualKMaxUXNetSlimNone": Trial(
+        "nnUNetTrainerDualKMaxUXNetSlim",
+        "two views, no consistency",
+        segmentation_consistency_weight=0.0,
+        query_consistency_weight=0.0,
     ),
-    "nnUNetTrainerKMaxUXNetNarrowLiveBranches": Trial(
-        "nnUNetTrainerKMaxUXNetNarrow",
-        "k-means UX-Net: residual branches do not start at 0",
-        network_class=LiveBranches,
+    "nnUNetTrainerDualKMaxUXNetSlimSegmentation": Trial(
+        "nnUNetTrainerDualKMaxUXNetSlim", "consistency of segmentations alone", query_consistency_weight=0.0
     ),
+    "nnUNetTrainerDualKMaxUXNetSlimQueries": Trial(
+        "nnUNetTrainerDualKMaxUXNetSlim", "consistency of queries alone", segmentation_consistency_weight=0.0
+    ),
+    "nnUNetTrainerDualKMaxUXNetSlimSquared": Trial(
+        "nnUNetTrainerDualKMaxUXNetSlim", "squared consistencies", consistency="squared"
+    ),
+    "nnUNetTrainerDualKMaxUXNetSlimTwo": Trial("nnUNetTrainerDualKMaxUXNetSlim", "two networks", shared_weights=False),
+    "nnUNetTrainerMeanTeacherUXNetNarrow": Trial(
+        "nnUNetTrainerUXNetNarrow", "UX-Net under the mean teacher", MeanTeacher
+    ),
+    "nnUNetTrainerCopyPasteUXNetNarrow": Trial("nnUNetTrainerUXNetNarrow", "UX-Net under copy-paste", CopyPaste),
     "nnUNetTrainerKMaxUXNetNarrowSGD": Trial(
         "nnUNetTrainerKMaxUXNetNarrow", "k-means UX-Net: nnU-Net's SGD, 1e-2", configure_optimizers=SGD
     ),

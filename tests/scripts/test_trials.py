@@ -52,6 +52,7 @@ NETWORKS = {
     "UXNetNarrowFast": ("AdamW", 2e-3),
     "SelfRegUXNetNarrow": ("AdamW", 5e-4),
     "KMaxUXNetNarrow": ("AdamW", 5e-4),
+    "KMaxUXNetSlimFast": ("AdamW", 2e-3),
     "KMaxUXNetNarrowSGD": ("SGD", 1e-2),
     "SwinUNETRNarrow": ("AdamW", 5e-4),
     "SwinUNETRNarrowSGD": ("SGD", 1e-2),
@@ -236,7 +237,26 @@ def test_variant_of_the_networks(variant, started):
     assert (type(trainer.optimizer).__name__, trainer.initial_lr) == NETWORKS[variant]
     full_resolution = next(part for part in reversed(trainer.network.decoder.seg_layers))
     channels = next(full_resolution.parameters()).shape[1]
-    assert channels == (12 if "Swin" in variant else 16 if "Narrow" in variant else 4)
+    assert channels == (12 if "Swin" in variant else 16 if "Narrow" in variant or "Slim" in variant else 4)
+
+
+@pytest.mark.parametrize(
+    ("variant", "scale", "weight", "activation"),
+    [
+        ("", 0.1, 0, torch.nn.GELU),
+        ("Scale1", 1, 0, torch.nn.GELU),
+        ("LiveBranches", 0.1, 1, torch.nn.GELU),
+        ("NoActivation", 0.1, 0, torch.nn.Identity),
+    ],
+)
+def test_variants_of_the_k_means_layer(variant, scale, weight, activation, started):
+    decoder = started(f"nnUNetTrainerKMaxUXNetSlim{variant}").network.decoder.mask_decoder
+    assert float(decoder.masks.scale) == pytest.approx(scale)
+    for layer in decoder.layers:
+        assert float(layer.masks.scale) == pytest.approx(scale)
+        assert all((b[-1].weight == weight).all() for b in (layer.update, layer.attention, layer.feed_forward))
+        assert type(layer.activation) is activation
+        assert layer.value.weight.shape[0] == 64
 
 
 def test_stock_with_three_times_the_samples(started):

@@ -62,7 +62,7 @@ def build(data_sets, tmp_path, monkeypatch):
     ("name", "bases", "parameters"),
     [
         ("UXNet", [UXNetBackbone], 53.02e6),
-        ("KMaxUXNet", [KMaxUXNetBackbone], 62.24e6),
+        ("KMaxUXNet", [KMaxUXNetBackbone], 63.67e6),
         ("SwinUNETR", [SwinUNETRBackbone], 62.19e6),
         ("SelfRegUXNet", [SelfRegularized, UXNetBackbone], 53.02e6),
         ("SelfRegSwinUNETR", [SelfRegularized, SwinUNETRBackbone], 62.19e6),
