@@ -50,7 +50,7 @@ class QueryConsistency(WithPartners):
     shared_weights: bool = True
     """Whether one network sees both views."""
     ramp_up_length = 0.4
-    passes_of_unlabeled = 2
+    passes_of_labeled = passes_of_unlabeled = 2
 
     _needs_unlabeled = False
 

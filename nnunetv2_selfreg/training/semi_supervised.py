@@ -28,8 +28,10 @@ class SemiSupervised(TwoStreams):
 
     ramp_up_length: float = 1.0
     """Share of the training after which the unlabelled term has its full weight; the ramp is Gaussian."""
+    passes_of_labeled: int = 1
+    """How often networks see each labelled sample in a step: a fact of the family, which measurements read."""
     passes_of_unlabeled: int = 1
-    """How often the network sees each unlabelled sample in a step: a fact of the family, which measurements read."""
+    """How often the network sees each unlabelled sample."""
 
     _steps_in_epoch = 0
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from build_trainer import add_plan, build, check
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
@@ -105,9 +106,25 @@ def batch_for(trainer: Any, batch: dict) -> dict:
     labeled, unlabeled = numbers_of_samples(trainer, len(batch["data"]))
     target = batch["target"]
     target = [scale[:labeled] for scale in target] if isinstance(target, list) else target[:labeled]
-    stream = trainer.labeled_stream(iter([{**batch, "target": target, "keys": batch["keys"][:labeled]}]))
-    data = batch["data"][: labeled + unlabeled]
-    return {**next(stream), "data": data, "data_weak": data[labeled:], "keys": batch["keys"][: len(data)]}
+    data, keys = batch["data"][: labeled + unlabeled], batch["keys"][: labeled + unlabeled]
+    stream = trainer.labeled_stream(GivenBatch({"data": data[:labeled], "target": target, "keys": keys[:labeled]}))
+    return {**next(stream), "data": data, "data_weak": data[labeled:], "keys": keys}
+
+
+class GivenBatch:
+    """Stands for nnU-Net's loader where a labelled batch is there already; images become what its transforms make."""
+
+    transforms = ComposeTransforms([])
+
+    def __init__(self, batch: dict) -> None:
+        self.batch = batch
+
+    def __iter__(self) -> GivenBatch:
+        return self
+
+    def __next__(self) -> dict:
+        images = [self.transforms(image=image, segmentation=None)["image"] for image in self.batch["data"]]
+        return {**self.batch, "data": torch.stack(images)}
 
 
 def numbers_of_samples(trainer: SemiSupervised, seen: int) -> tuple[int, int]:
@@ -116,11 +133,12 @@ def numbers_of_samples(trainer: SemiSupervised, seen: int) -> tuple[int, int]:
     Raises:
         ValueError: these are too few.
     """
-    passes = trainer.passes_of_unlabeled
-    unlabeled = seen // (1 + passes)
-    if not unlabeled:
-        raise ValueError(f"{seen} samples are too few for {type(trainer).__name__}: -b {1 + passes} at least")
-    return seen - passes * unlabeled, unlabeled
+    of_labeled, of_unlabeled = trainer.passes_of_labeled, trainer.passes_of_unlabeled
+    fewest = of_labeled + of_unlabeled
+    if seen < fewest:
+        raise ValueError(f"{seen} samples are too few for {type(trainer).__name__}: -b {fewest} at least")
+    unlabeled = seen // fewest
+    return (seen - of_unlabeled * unlabeled) // of_labeled, unlabeled
 
 
 def measure_loading(trainers: dict[str, Any], rounds: int) -> dict[str, list[float]]:

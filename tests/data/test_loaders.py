@@ -8,6 +8,7 @@ import torch
 from workspace import Run, put_batch_shapes, seed
 
 from nnunetv2_selfreg.training.dual_task import DualTask
+from nnunetv2_selfreg.training.query_consistency import QueryConsistency
 
 
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
@@ -94,7 +95,8 @@ def test_unlabelled_crops_come_from_anywhere(configuration, data_sets):
         ("forkserver", "nnUNetTrainerMeanTeacher", 2),
         pytest.param("spawn", "nnUNetTrainerMeanTeacher", 2, marks=pytest.mark.matrix),
         ("fork", "nnUNetTrainerDualTask", 0),
-        ("spawn", "nnUNetTrainerDualTask", 2),
+        pytest.param("spawn", "nnUNetTrainerDualTask", 2, marks=pytest.mark.matrix),
+        ("spawn", "nnUNetTrainerTinyDualKMaxUXNet", 2),
     ],
 )
 def test_loader_goes_to_a_worker_however_it_is_started(method, trainer, unlabeled, data_sets):
@@ -110,6 +112,7 @@ def test_loader_goes_to_a_worker_however_it_is_started(method, trainer, unlabele
     worker.join()
     expected = {"data": 2 + unlabeled} | ({"data_weak": unlabeled} if unlabeled else {})
     expected |= {"distance": 2} if isinstance(trainer, DualTask) else {}
+    expected |= {"labeled_weak": 2} if isinstance(trainer, QueryConsistency) else {}
     assert {name: shape[0] for name, shape in shapes.items()} == expected
     assert worker.exitcode == 0
 

@@ -1,4 +1,4 @@
-from contract import ONE_CELL, TWO_CELLS, TrainerContract, TrainerMatrix
+from contract import ONE_CELL, TrainerContract, TrainerMatrix
 
 
 class _DualTask(TrainerMatrix):
@@ -12,7 +12,7 @@ class _Mutual(_DualTask):
 
 class TestDualTask(_DualTask, TrainerContract):
     trainer = "nnUNetTrainerDualTask"
-    chosen = TWO_CELLS
+    chosen = (("labels", "3d_fullres"),)
     tools_are_chosen = False
 
 

@@ -112,7 +112,12 @@ TERMS = {
 }
 
 
-PARTS_OF_OTHERS = ("nnUNetTrainerTinyUXNet", "nnUNetTrainerTinySwinUNETR", "nnUNetTrainerTinySelfRegUXNet")
+PARTS_OF_OTHERS = (
+    "nnUNetTrainerTinyUXNet",
+    "nnUNetTrainerTinySwinUNETR",
+    "nnUNetTrainerTinySelfRegUXNet",
+    "nnUNetTrainerTinyKMaxUXNet",
+)
 CASES = [pytest.param(name, marks=pytest.mark.matrix if name in PARTS_OF_OTHERS else ()) for name in TERMS]
 
 

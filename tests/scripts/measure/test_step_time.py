@@ -11,6 +11,7 @@ import step_time
 import torch
 
 from nnunetv2_selfreg.training.copy_paste import CopyPaste
+from nnunetv2_selfreg.training.query_consistency import QueryConsistency
 from nnunetv2_selfreg.training.semi_supervised import SemiSupervised
 
 
@@ -101,3 +102,20 @@ def test_half_of_the_samples_lose_their_labels_for_a_semi_supervised_trainer(dee
     assert len(mine["target"] if not deep_supervision else mine["target"][0]) == mine["counted"] == 3
     with pytest.raises(ValueError, match="2 samples are too few for CopyPasteTrainer: -b 3 at least"):
         step_time.batch_for(trainer, {**batch, "data": batch["data"][:2]})
+
+
+def test_both_views_of_a_labelled_sample_are_counted():
+    """Of five samples that the network may see, a labelled and an unlabelled one twice."""
+    batch = {"data": torch.arange(5.0).reshape(5, 1, 1), "target": torch.zeros(5, 1, 1), "keys": list("abcde")}
+    trainer = object.__new__(type("Trainer", (QueryConsistency,), {"enable_deep_supervision": False}))
+    mine = step_time.batch_for(trainer, batch)
+    assert {name: len(values) for name, values in mine.items()} == {
+        "data": 2,
+        "data_weak": 1,
+        "labeled_weak": 1,
+        "target": 1,
+        "keys": 2,
+    }
+    assert mine["labeled_weak"].shape == mine["data"][:1].shape
+    with pytest.raises(ValueError, match="3 samples are too few for Trainer: -b 4 at least"):
+        step_time.batch_for(trainer, {**batch, "data": batch["data"][:3]})
