@@ -4,11 +4,11 @@
 #     scripts/gpu_check.sh OUT
 #
 # in an environment with `pip install ".[dev]"`. On a phantom data set it measures steps in half precision and their
-# peak memory, not compiled for all trainers and compiled for eight, at a 128^3 patch and at the left atrium's
-# 112x112x80, four samples a step (of semi-supervised trainers two of them unlabelled, of copy-paste one, which is mixed
-# both ways); a loss that is not finite fails. Where $nnUNet_raw has Dataset002_LeftAtrium, it then starts the published
-# left-atrium protocol. OUT gets the tables as JSON, a log for each stage and summary.txt; the status is 0 if nothing
-# failed.
+# peak memory, not compiled for all trainers and compiled for nine, at a 128^3 patch and at the left atrium's
+# 112x112x80. Networks see four samples a step (of semi-supervised trainers two of them unlabelled, of copy-paste one,
+# which is mixed both ways, of dual k-means a labelled and an unlabelled one in two views). A loss that is not finite
+# fails. Where $nnUNet_raw has Dataset002_LeftAtrium, it then starts the published left-atrium protocol. OUT gets the
+# tables as JSON, a log for each stage and summary.txt; the status is 0 if nothing failed.
 # DEVICE=cpu PATCHES="32,32,32 16,32,32" SCALE=cpu tries the script itself.
 set -uo pipefail
 OUT=$(mkdir -p "${1:?usage: gpu_check.sh OUT}" && cd "$1" && pwd)
@@ -25,7 +25,7 @@ OURS=$(timeout 60 nnUNetv2_selfreg trainers | grep -o '^nnUNetTrainer[^ ]*') || 
 NETWORKS=$(grep -E 'UXNet|Swin' <<<"$OURS")
 OURS=$(grep -vE 'UXNet|Swin' <<<"$OURS")
 COMPILED="nnUNetTrainerSelfReg nnUNetTrainerMeanTeacher nnUNetTrainerDualTask nnUNetTrainerDualTaskMutual nnUNetTrainerCopyPaste
-nnUNetTrainerUXNet nnUNetTrainerKMaxUXNet nnUNetTrainerSelfRegSwinUNETR"
+nnUNetTrainerUXNet nnUNetTrainerKMaxUXNet nnUNetTrainerDualKMaxUXNet nnUNetTrainerSelfRegSwinUNETR"
 export nnUNet_raw=$OUT/nnUNet_raw nnUNet_preprocessed=$OUT/nnUNet_preprocessed nnUNet_results=$OUT/nnUNet_results
 
 stage() { # name, limit in seconds, command: what fails or takes too long is noted, and the next stage begins

@@ -41,7 +41,7 @@ class WithWeakView(LabeledStream):
 
     def __next__(self) -> dict:
         batch = next(self.loader)
-        strong, weak = batch["data"].chunk(2, 1)
+        strong, weak = (view.contiguous() for view in batch["data"].chunk(2, 1))  # each alone goes to the other process
         return {**batch, "data": strong, "labeled_weak": weak}
 
 

@@ -55,7 +55,7 @@ class LabeledViews(TwoViews):
     """The two views of a labelled patch, in the place of nnU-Net's transforms.
 
     nnU-Net's loader expects one image of them: the strong view's channels, then the weak view's. The segmentation is
-    transformed as nnU-Net does it, and masks the body.
+    transformed as nnU-Net does it, and masks the body. Not for cascades, in which it becomes channels of the image.
     """
 
     def __init__(self, transforms: ComposeTransforms) -> None:

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from nnunetv2_selfreg.tensors import at_least_single
 
+EPSILON = 1e-3  # a shorter vector of channels counts less, and the gradient of one that is 0 stays in half precision
+
 
 def contrastive_agreement(first: Tensor, second: Tensor, temperature: float = 0.5) -> Tensor:
     """Each sample's two views shall be more alike than views of different samples are.
@@ -20,8 +22,9 @@ def contrastive_agreement(first: Tensor, second: Tensor, temperature: float = 0.
         L = - mean_i S_ab[i, i] + 1/2 mean_i lse( S_ba[i, :], S_bb[i, without i] )
                                 + 1/2 mean_i lse( S_aa[i, without i], S_ab[i, :] )
 
-    Ours: the mean over voxels. The program sums, so that each log-sum-exp is but a maximum, and divides `L` by the
-    number V of voxels in the end: its value is `contrastive_agreement(a, b, temperature / V) / V`.
+    Ours: the mean over voxels. The program sums, and divides `L` by the number V of voxels in the end: its value is
+    `contrastive_agreement(a, b, temperature / V) / V`. Over sums each log-sum-exp is but a maximum, so that loss and
+    gradient are 0 as soon as each sample's own view is the most alike.
 
     Args:
         first: `a`, `(B, C, *spatial)`, of any dtype; `L` is computed in at least single precision.
@@ -39,7 +42,7 @@ def contrastive_agreement(first: Tensor, second: Tensor, temperature: float = 0.
     """
     with torch.autocast(first.device.type, enabled=False):
         voxels = first[0, 0].numel()
-        a, b = (F.normalize(at_least_single(view), dim=1).flatten(1) for view in (first, second))
+        a, b = (F.normalize(at_least_single(view), dim=1, eps=EPSILON).flatten(1) for view in (first, second))
         own = torch.eye(len(a), dtype=torch.bool, device=a.device)
 
         def similarity(x: Tensor, y: Tensor) -> Tensor:
@@ -53,4 +56,4 @@ def contrastive_agreement(first: Tensor, second: Tensor, temperature: float = 0.
 
 def squared_agreement(first: Tensor, second: Tensor) -> Tensor:
     """Mean ( a - b )^2 of two probability maps `(B, C, *spatial)`, a scalar."""
-    return ((first - second) ** 2).mean()
+    return F.mse_loss(first, second)

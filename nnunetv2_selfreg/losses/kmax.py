@@ -1,5 +1,5 @@
 """The loss of a k-means mask decoder: nnU-Net's on its segmentation and on the convolutional heads, and one on the
-queries' assignment (Dual KMax UX-Net, arXiv 2311.12364; the released program has no loss on the query segmentation)."""
+queries' assignment (Dual KMax UX-Net, arXiv 2311.12364)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ def query_distribution_loss(log_assignment: Tensor, shares: Tensor) -> Tensor:
 
         L_qd = - sum_{voxels} sum_k y_k log A_k / sum_{voxels} sum_k y_k
 
-    Ours: the mean (the released program sums, without an epsilon for the logarithm), and at coarser resolutions the
-    share `y_k` of class k in what a voxel covers, so that each label counts.
+    Ours: the mean over labelled voxels (of the released programs one sums and one takes the mean over voxels and
+    classes, both without an epsilon for the logarithm), and at coarser resolutions the share `y_k` of class k in what a
+    voxel covers, so that each label counts.
 
     Args:
         log_assignment: logarithm of the merged assignment, `(B, K, *spatial)`.

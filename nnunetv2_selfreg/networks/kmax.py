@@ -1,7 +1,7 @@
 """UX-Net with a k-means mask decoder beside its convolutional one.
 
-Source: Wu, Li, Zhang, "Dual KMax UX-Net", ISBI 2024, arXiv 2311.12364 (its released program never reads the bottleneck
-and gives the query segmentation no loss).
+Source: Wu, Li, Zhang, "Dual KMax UX-Net", ISBI 2024, arXiv 2311.12364 (its released programs never read the bottleneck;
+the supervised one gives the query segmentation no loss, the semi-supervised one has no convolutional head).
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class KMaxDecoder(UNetResDecoder):
         sizes: MaskDecoderSizes,
     ) -> None:
         super().__init__(encoder, num_classes, list(n_conv_per_stage), deep_supervision)
-        below_full = encoder.output_channels[:0:-1]  # from the bottleneck up
-        self.mask_decoder = MaskDecoder(encoder.conv_op, below_full, num_classes, queries, sizes)
+        channels, kernels = encoder.output_channels[:0:-1], encoder.kernel_sizes[:0:-1]  # from the bottleneck up
+        self.mask_decoder = MaskDecoder(encoder.conv_op, channels, kernels, num_classes, queries, sizes)
 
     def forward(self, skips: list[Tensor]) -> Tensor | KMaxOutput:
         """The segmentation, or with deep supervision all that the loss needs.

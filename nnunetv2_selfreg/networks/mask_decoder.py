@@ -10,9 +10,16 @@ Zhang, "Dual KMax UX-Net", ISBI 2024 (3D, query groups, segmentation from the qu
 As released: activations after projections and residuals, residual branches whose norm starts at 0, mask logits with a
 learned scale that starts at 0.1, a depthwise mask head, self-attention that reads the queries before they are updated.
 
-Ours: instance norms (of queries: over the queries) in the place of batch norms, since two samples a step must do; the
-mean of a cluster's voxels as its centre, not their sum; similarities divided by the root of their length and mask
-logits by nothing, in the place of a norm.
+Ours, none of them measured by itself:
+
+* instance norms, of queries over the queries, in the place of batch norms: two samples a step have no statistics
+* the mean of a cluster's voxels as its centre, not their sum, so a small cluster counts as much as a large one; and no
+  norm of the values before it, which would need a map of 256 channels of them
+* similarities of queries are divided by the root of their length and not normed
+* mask logits are not normed before their scale, so their deviation may grow with the keys; nor have they a shift, which
+  no softmax would see
+* the depthwise convolution has 1 in the place of 5 on axes on which the plan has no kernel, as UX-Net's trunk
+* class scores start as torch starts a linear layer, without the bias towards "nothing" of panoptic segmentation
 """
 
 from __future__ import annotations
@@ -25,7 +32,7 @@ from dynamic_network_architectures.building_blocks.helper import get_matching_in
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunetv2_selfreg.networks.queries import (
+from nnunetv2_selfreg.networks.clusters import (
     cluster_means,
     hard_assignment,
     log_query_distribution,
@@ -36,6 +43,7 @@ from nnunetv2_selfreg.tensors import at_least_single
 
 QUERIES = 128
 MASK_SCALE = 0.1
+MASK_KERNEL = 5
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,17 @@ class MaskDecoderSizes:
     levels: int = 3
     """Feature maps that are read, from the bottleneck up; fewer where the decoder has fewer below full resolution."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError if a size is less than 1, or the heads do not divide the widths."""
+        for name, size in vars(self).items():
+            if size < 1:
+                raise ValueError(f"{name} of the mask decoder is {size}, it must be 1 at least")
+        for name in ("width", "key_width"):
+            if getattr(self, name) % self.heads:
+                raise ValueError(
+                    f"{name} of the mask decoder is {getattr(self, name)}, no multiple of heads, {self.heads}"
+                )
+
 
 PUBLISHED = MaskDecoderSizes()
 
@@ -68,6 +87,7 @@ class MaskDecoder(nn.Module):
     Args:
         channels: of the feature maps below full resolution, from the bottleneck up. The first ones update the queries,
             the masks are read off the last one.
+        kernel_sizes: the plan's, of these.
         num_classes: K, with background.
         queries: N.
         sizes: of the rest.
@@ -80,6 +100,7 @@ class MaskDecoder(nn.Module):
         self,
         conv_op: type[nn.Module],
         channels: Sequence[int],
+        kernel_sizes: Sequence[Sequence[int]],
         num_classes: int,
         queries: int,
         sizes: MaskDecoderSizes,
@@ -89,12 +110,12 @@ class MaskDecoder(nn.Module):
         self.layers_per_level = sizes.layers_per_level
         self.queries = nn.Parameter(torch.randn(sizes.width, queries))
         self.layers = nn.ModuleList(
-            KMaxLayer(conv_op, of_level, sizes)
-            for of_level in channels[: sizes.levels]
+            KMaxLayer(conv_op, of_level, kernel, sizes)
+            for of_level, kernel in list(zip(channels, kernel_sizes, strict=True))[: sizes.levels]
             for _ in range(sizes.layers_per_level)
         )
         self.mask_query = projection(nn.Conv1d, sizes.width, sizes.width)
-        self.masks = MaskPredictor(conv_op, channels[-1], sizes)
+        self.masks = MaskPredictor(conv_op, channels[-1], kernel_sizes[-1], sizes)
         self.class_query = projection(nn.Conv1d, sizes.width, sizes.width)
         # -pretrained_weights leaves out what has this name, since its shape depends on the number of classes.
         self.seg_layers = nn.Conv1d(sizes.width, num_classes, 1)
@@ -126,12 +147,12 @@ class KMaxLayer(nn.Module):
     centre 0.) No gradient passes through the assignment, so the mask logits learn from their own loss alone.
     """
 
-    def __init__(self, conv_op: type[nn.Module], channels: int, sizes: MaskDecoderSizes) -> None:
+    def __init__(self, conv_op: type[nn.Module], channels: int, kernel: Sequence[int], sizes: MaskDecoderSizes) -> None:
         super().__init__()
         width = sizes.width
         self.voxels = nn.Sequential(nn.GELU(), *projection(conv_op, channels, width))
         self.space = projection(nn.Conv1d, width, width)
-        self.masks = MaskPredictor(conv_op, width, sizes)
+        self.masks = MaskPredictor(conv_op, width, kernel, sizes)
         self.value = nn.Conv1d(width, width, 1, bias=False)
         self.update = nn.Sequential(instance_norm(nn.Conv1d, width), *residual_branch(width, width))
         self.attention = nn.Sequential(SelfAttention(sizes), nn.GELU(), *residual_branch(width, width))
@@ -153,10 +174,12 @@ class MaskPredictor(nn.Module):
     """Mask logits `(B, N, *spatial)`: the L2-normalised key of each voxel times the key of each query, times a learned
     scale that starts at 0.1, so that no query owns a voxel at first."""
 
-    def __init__(self, conv_op: type[nn.Module], channels: int, sizes: MaskDecoderSizes) -> None:
+    def __init__(self, conv_op: type[nn.Module], channels: int, kernel: Sequence[int], sizes: MaskDecoderSizes) -> None:
         super().__init__()
+        depthwise = tuple(MASK_KERNEL if k > 1 else 1 for k in kernel)
+        padding = tuple(k // 2 for k in depthwise)
         self.voxel_key = nn.Sequential(
-            conv_op(channels, channels, 5, padding=2, groups=channels, bias=False),
+            conv_op(channels, channels, depthwise, padding=padding, groups=channels, bias=False),
             instance_norm(conv_op, channels),
             nn.GELU(),
             *projection(conv_op, channels, sizes.width),
@@ -172,7 +195,8 @@ class MaskPredictor(nn.Module):
         """Of queries `(B, width, N)` and a feature map `(B, C, *spatial)`; in single precision at least."""
         key = F.normalize(at_least_single(self.voxel_key(feature)), dim=1)  # squares leave half precision's range
         queries = self.scale * self.query_key(queries).to(key.dtype)
-        return torch.einsum("bdn,bd...->bn...", queries, key)
+        with torch.autocast(key.device.type, enabled=False):
+            return torch.einsum("bdn,bd...->bn...", queries, key)
 
 
 class SelfAttention(nn.Module):

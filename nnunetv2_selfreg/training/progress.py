@@ -10,6 +10,7 @@ from PIL import Image
 from nnunetv2_selfreg.files import replacing
 
 WIDTH, HEIGHT = 30, 18  # inches at 100 dpi: one panel of nnU-Net's figure
+LEGEND_COLUMNS = 3
 
 
 def add_terms_panel(output_folder: str, curves: dict[str, list[float]]) -> None:
@@ -35,12 +36,14 @@ def _panel(curves: dict[str, list[float]]) -> Image.Image:
     from matplotlib.figure import Figure  # not pyplot: no global figure is left open
 
     figure = Figure(figsize=(WIDTH, HEIGHT), dpi=100)
-    figure.subplots_adjust(left=0.05, right=0.98, bottom=0.08, top=0.94)  # a layout that adapts draws everything twice
+    rows = -(-len(curves) // LEGEND_COLUMNS)
+    # Above it is the legend. A layout that adapts would draw everything twice.
+    figure.subplots_adjust(left=0.05, right=0.98, bottom=0.08, top=0.98 - 0.04 * rows)
     axes = figure.subplots()
     for name, values in curves.items():
         axes.plot(range(len(values)), values, linewidth=4, label=name)
     axes.set(xlabel="epoch", ylabel="terms of the training loss, without their weights")
-    axes.legend(loc=(0, 1), ncols=len(curves))
+    axes.legend(loc=(0, 1), ncols=LEGEND_COLUMNS)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

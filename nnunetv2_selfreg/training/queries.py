@@ -20,11 +20,14 @@ class QuerySegmentation(ReliableTraining):
     query_weight: float = 0.1
     """Weight of `L_qd`, the loss of the queries' assignment to classes."""
 
+    for_regions: str = "nnUNetTrainerUXNet"
+    """The trainer that is recommended for regions, which this one refuses."""
+
     def initialize(self) -> None:
         if self.label_manager.has_regions:
             raise UnsupportedError(
                 f"{type(self).__name__} gives each voxel to one class, and {self.plans_manager.dataset_name} has "
-                "regions, which overlap. Train them with nnUNetTrainerUXNet, or put labels without regions into "
+                f"regions, which overlap. Train them with {self.for_regions}, or put labels without regions into "
                 "dataset.json."
             )
         if not self.enable_deep_supervision:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,20 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace, traine
         parser.error(one_line(error))
 
 
-def build(name: str, arguments: argparse.Namespace) -> Any:
-    """The trainer of that name on the plan of :func:`add_plan`, initialised, its network ready for steps."""
+def build(names: Iterable[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """The trainers of these names on the plan of :func:`add_plan`, initialised, their networks ready for steps.
+
+    All are looked for before a network is built: see :func:`nnunetv2_selfreg.benchmark.metrics.mask_metrics` for what
+    MONAI's may load.
+    """
     from nnunetv2.run.run_training import get_trainer_from_args
 
     fold = arguments.f if arguments.f == "all" else int(arguments.f)
+    plan = arguments.dataset, arguments.configuration, fold
     device = torch.device(arguments.device)
-    trainer = get_trainer_from_args(arguments.dataset, arguments.configuration, fold, name, arguments.p, device=device)
-    trainer.initialize()
-    trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
-    trainer.network.train()
-    return trainer
+    trainers = {name: get_trainer_from_args(*plan, name, arguments.p, device=device) for name in names}
+    for trainer in trainers.values():
+        trainer.initialize()
+        trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
+        trainer.network.train()
+    return trainers

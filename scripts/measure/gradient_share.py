@@ -36,7 +36,7 @@ def main() -> None:
     os.environ["nnUNet_n_proc_DA"] = "0"
     with tempfile.TemporaryDirectory() as results:
         os.environ["nnUNet_results"] = results  # a trainer writes a log file as soon as it exists
-        trainer = build(arguments.tr, arguments)
+        trainer = build([arguments.tr], arguments)[arguments.tr]
         if arguments.checkpoint:
             trainer.load_checkpoint(str(arguments.checkpoint))
         loader, _ = trainer.get_dataloaders()

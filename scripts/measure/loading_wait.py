@@ -37,8 +37,8 @@ def main() -> None:
     print("| trainer | step, s | wait, ms | longest wait, ms |\n| --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as results:
         os.environ["nnUNet_results"] = results  # a trainer writes a log file as soon as it exists
-        for name in arguments.tr:
-            waits, steps = measure(build(name, arguments), arguments.steps)
+        for name, trainer in build(arguments.tr, arguments).items():
+            waits, steps = measure(trainer, arguments.steps)
             median, longest = 1000 * statistics.median(waits), 1000 * max(waits)
             print(f"| {name} | {statistics.median(steps):.3f} | {median:.1f} | {longest:.1f} |")
 

@@ -56,8 +56,8 @@ def main() -> None:
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     with tempfile.TemporaryDirectory() as results:
         os.environ["nnUNet_results"] = results  # a trainer writes a log file as soon as it exists
-        trainers = {name: build(name, arguments) for name in arguments.tr}
-        stock = trainers.get("nnUNetTrainer") or build("nnUNetTrainer", arguments)
+        built = build(dict.fromkeys([*arguments.tr, "nnUNetTrainer"]), arguments)
+        trainers, stock = {name: built[name] for name in arguments.tr}, built["nnUNetTrainer"]
         for trainer in (*trainers.values(), stock):
             trainer.current_epoch = trainer.num_epochs // 2  # past the warm-up of copy-paste
             trainer.batch_size = arguments.b or trainer.batch_size

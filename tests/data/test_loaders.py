@@ -5,8 +5,11 @@ import multiprocessing
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.base.basic_transform import ImageOnlyTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from workspace import Run, put_batch_shapes, seed
 
+from nnunetv2_selfreg.data.targets import WithWeakView
 from nnunetv2_selfreg.training.dual_task import DualTask
 from nnunetv2_selfreg.training.query_consistency import QueryConsistency
 
@@ -124,3 +127,30 @@ def test_impossible_number_of_unlabelled_samples_is_an_error(number, data_sets):
     trainer.initialize()
     with pytest.raises(ValueError, match=f"unlabeled_batch_size is {number}"):
         trainer.get_dataloaders()
+
+
+class GivenLoader:
+    """Yields one batch of images whose first channel is 1 and second 2, as its transforms make them."""
+
+    transforms = ComposeTransforms([])
+
+    def __next__(self):
+        image = torch.stack((torch.full((4, 4), 1.0), torch.full((4, 4), 2.0)))
+        sample = self.transforms(image=image, segmentation=torch.zeros(1, 4, 4))
+        return {"data": sample["image"][None], "target": [sample["segmentation"][None]]}
+
+
+class Brighter(ImageOnlyTransform):
+    def _apply_to_image(self, image, **_):
+        return image + 100
+
+
+def test_weak_view_of_a_labelled_sample_is_the_one_without_intensity_transforms():
+    loader = GivenLoader()
+    loader.transforms = ComposeTransforms([Brighter()])
+    batch = next(WithWeakView(loader))
+    assert batch["data"][0, :, 0, 0].tolist() == [101, 102]
+    assert batch["labeled_weak"][0, :, 0, 0].tolist() == [1, 2]
+    assert batch["data"].is_contiguous()
+    assert batch["labeled_weak"].is_contiguous()
+    assert next(loader)["data"].shape[1] == 2  # others still get nnU-Net's

@@ -1,6 +1,7 @@
 """The consistency of two views against the released formula, loop by loop, and by hand."""
 
 import math
+from itertools import combinations_with_replacement
 
 import numpy as np
 import pytest
@@ -112,19 +113,29 @@ def test_equal_views_have_no_squared_gradient():
     assert (a.grad == 0).all()
 
 
+SAID = {
+    "one-hot": torch.eye(3)[1].reshape(3, 1, 1).expand(2, 3, 8, 8),
+    "equal": torch.full((2, 3, 8, 8), 0.25),
+    "zero": torch.zeros(2, 3, 8, 8),
+    "huge": torch.tensor([[6e4, 0, 0], [0, -6e4, 6e4]]).reshape(2, 3, 1, 1).expand(2, 3, 8, 8),
+    "noise": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("kind", ["one-hot", "equal", "zero", "huge"])
-def test_finite_for_whatever_a_network_says(kind, dtype):
-    label = torch.zeros(2, 3, 16, 16, dtype=dtype)
-    if kind == "one-hot":
-        label[:, 1] = 1
-    elif kind == "equal":
-        label[:] = 0.25
-    elif kind == "huge":
-        label[:, 0], label[1, 1] = 6e4, -6e4
-    a, b = (label.clone().requires_grad_() for _ in range(2))
+@pytest.mark.parametrize(("first", "second"), combinations_with_replacement(SAID, 2))
+def test_finite_for_whatever_a_network_says(first, second, dtype):
+    a, b = (SAID[name].to(dtype).clone().requires_grad_() for name in (first, second))
     loss = contrastive_agreement(a, b)
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(a.grad).all()
     assert torch.isfinite(b.grad).all()
+
+
+def test_similarities_are_of_single_precision_at_least():
+    """Of 2^17 voxels half precision would sum none right."""
+    a, b = (view.float() for view in views(0, 2, 3, (64, 64, 32)))
+    expected = contrastive_agreement(a, b)
+    with torch.autocast("cpu", dtype=torch.float16):
+        torch.testing.assert_close(contrastive_agreement(a, b), expected, rtol=1e-6, atol=0)

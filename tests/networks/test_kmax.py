@@ -12,15 +12,22 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
 from nnunetv2_selfreg.losses.kmax import KMaxLoss
-from nnunetv2_selfreg.networks.kmax import KMaxUXNet
-from nnunetv2_selfreg.networks.mask_decoder import PUBLISHED, KMaxLayer, MaskDecoder, MaskPredictor, SelfAttention
-from nnunetv2_selfreg.networks.queries import (
+from nnunetv2_selfreg.networks.clusters import (
     cluster_means,
     fewest_queries,
     hard_assignment,
     log_query_distribution,
     merged,
     query_groups,
+)
+from nnunetv2_selfreg.networks.kmax import KMaxUXNet
+from nnunetv2_selfreg.networks.mask_decoder import (
+    PUBLISHED,
+    KMaxLayer,
+    MaskDecoder,
+    MaskDecoderSizes,
+    MaskPredictor,
+    SelfAttention,
 )
 from nnunetv2_selfreg.networks.uxnet import UXNet
 
@@ -66,7 +73,7 @@ def test_merged_assignment_sums_each_group():
 
 def test_segmentation_is_the_distribution_times_the_class_scores():
     torch.manual_seed(0)
-    decoder = MaskDecoder(torch.nn.Conv2d, [8, 4], 3, 16, PUBLISHED)
+    decoder = MaskDecoder(torch.nn.Conv2d, [8, 4], [[3, 3]] * 2, 3, 16, PUBLISHED)
     features = [torch.randn(1, 8, 2, 3), torch.randn(1, 4, 4, 6)]
     seen = {}
     decoder.masks.register_forward_hook(lambda _m, _i, output: seen.update(masks=output))
@@ -102,10 +109,11 @@ def test_large_clusters_are_counted_in_half_precision():
 @pytest.mark.parametrize("size", [0.0, 6e4])
 def test_keys_of_any_size_are_normalised_in_half_precision(size):
     """Squares of the one are too small for it, of the other too large."""
-    masks = MaskPredictor(torch.nn.Conv2d, 4, PUBLISHED).half()
+    masks = MaskPredictor(torch.nn.Conv2d, 4, [3, 3], PUBLISHED).half()
     masks.voxel_key = torch.nn.Identity()
     feature = torch.full((1, PUBLISHED.key_width, 2, 2), size, dtype=torch.float16)
-    logits = masks(torch.randn(1, 256, 3, dtype=torch.float16), feature)
+    with torch.autocast("cpu", dtype=torch.float16):
+        logits = masks(torch.randn(1, 256, 3, dtype=torch.float16), feature)
     assert logits.dtype == torch.float32
     assert torch.isfinite(logits).all()
     assert bool(logits.abs().sum() > 0) == (size > 0)
@@ -146,9 +154,30 @@ def test_mask_logits_start_with_a_deviation_of_a_tenth():
     np.testing.assert_allclose(found, 0.1, rtol=0.1)
 
 
+def test_mask_head_stays_within_slices_where_the_plan_has_no_kernel_across_them():
+    network = KMaxUXNet(1, 3, STRIDES, [[1, 3, 3], [1, 3, 3], [3, 3, 3], [3, 3, 3]], width=4, deepest=16, queries=24)
+    decoder = network.decoder.mask_decoder
+    sizes = [masks.voxel_key[0].kernel_size for masks in (*(layer.masks for layer in decoder.layers), decoder.masks)]
+    assert sizes == [(5, 5, 5)] * 4 + [(1, 5, 5)] * 3
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"levels": 0}, "levels of the mask decoder is 0, it must be 1 at least"),
+        ({"layers_per_level": 0}, "layers_per_level of the mask decoder is 0"),
+        ({"width": 100}, "width of the mask decoder is 100, no multiple of heads, 8"),
+        ({"key_width": 12}, "key_width of the mask decoder is 12, no multiple"),
+    ],
+)
+def test_impossible_sizes_of_the_mask_decoder(sizes, said):
+    with pytest.raises(ValueError, match=said):
+        MaskDecoderSizes(**sizes)
+
+
 def test_layer_adds_both_branches_of_the_queries_before_them():
     torch.manual_seed(0)
-    layer = lively(KMaxLayer(torch.nn.Conv2d, 4, PUBLISHED))
+    layer = lively(KMaxLayer(torch.nn.Conv2d, 4, [3, 3], PUBLISHED))
     queries, feature = torch.randn(2, 256, 8), torch.randn(2, 4, 6, 5)
     moved, mask_logits = layer(queries, feature)
     space, voxels = layer.space(queries), layer.voxels(feature)
@@ -175,7 +204,7 @@ def test_attention_is_that_of_torch():
 
 def test_queries_move_by_the_mean_value_of_their_voxels():
     torch.manual_seed(0)
-    layer = KMaxLayer(torch.nn.Conv2d, 4, PUBLISHED)
+    layer = KMaxLayer(torch.nn.Conv2d, 4, [3, 3], PUBLISHED)
     queries, feature = torch.randn(1, 256, 3), torch.randn(1, 4, 2, 3)
     seen = []
     layer.update.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
@@ -191,7 +220,7 @@ def test_queries_move_by_the_mean_value_of_their_voxels():
 
 def test_hard_assignment_gets_no_gradient():
     """A layer's mask logits have no influence on its queries that a gradient could follow."""
-    layer = lively(KMaxLayer(torch.nn.Conv3d, 4, PUBLISHED))
+    layer = lively(KMaxLayer(torch.nn.Conv3d, 4, [3, 3, 3], PUBLISHED))
     queries, feature = torch.randn(1, 256, 8, requires_grad=True), torch.randn(1, 4, 2, 3, 4, requires_grad=True)
     moved, mask_logits = layer(queries, feature)
     moved.square().sum().backward(retain_graph=True)
@@ -308,6 +337,7 @@ def test_activation_checkpointing_changes_no_gradient():
     found = []
     for on in (False, True):
         network = small(activation_checkpointing=on)
+        assert ("forward" in vars(network.decoder.mask_decoder)) == on
         loss_of(network, image()).backward()
         found.append([p.grad for p in network.parameters()])
     torch.testing.assert_close(*found)

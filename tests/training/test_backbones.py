@@ -9,6 +9,8 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from small_trainers.nnUNetTrainerTinyBackbones import (
+    nnUNetTrainerTinyDualKMaxUXNet,
+    nnUNetTrainerTinyDualKMaxUXNetTwo,
     nnUNetTrainerTinyKMaxUXNet,
     nnUNetTrainerTinySelfRegSwinUNETR,
     nnUNetTrainerTinySelfRegUXNet,
@@ -20,6 +22,7 @@ from workspace import Run, initialised, seed, two_stages, whole_and_resumed
 from nnunetv2_selfreg.networks.uxnet import UXBlock
 from nnunetv2_selfreg.training.backbones import KMaxUXNetBackbone, SwinUNETRBackbone, UXNetBackbone
 from nnunetv2_selfreg.training.optimizers import WarmUpPolyLR
+from nnunetv2_selfreg.training.query_consistency import QueryConsistency
 from nnunetv2_selfreg.training.selfreg import SelfRegularized
 
 
@@ -28,6 +31,14 @@ class UXNet(nnUNetTrainerTinyUXNet):
 
 
 class KMax(nnUNetTrainerTinyKMaxUXNet):
+    pass
+
+
+class Dual(nnUNetTrainerTinyDualKMaxUXNet):
+    pass
+
+
+class DualTwo(nnUNetTrainerTinyDualKMaxUXNetTwo):
     pass
 
 
@@ -63,6 +74,8 @@ def build(data_sets, tmp_path, monkeypatch):
     [
         ("UXNet", [UXNetBackbone], 53.02e6),
         ("KMaxUXNet", [KMaxUXNetBackbone], 63.67e6),
+        ("DualKMaxUXNet", [QueryConsistency, KMaxUXNetBackbone], 63.67e6),
+        ("SelfRegDualKMaxUXNet", [SelfRegularized, QueryConsistency, KMaxUXNetBackbone], 63.67e6),
         ("SwinUNETR", [SwinUNETRBackbone], 62.19e6),
         ("SelfRegUXNet", [SelfRegularized, UXNetBackbone], 53.02e6),
         ("SelfRegSwinUNETR", [SelfRegularized, SwinUNETRBackbone], 62.19e6),
@@ -136,6 +149,8 @@ def test_resumed_training_equals_an_uninterrupted_one(data_sets, tmp_path, monke
     [
         (SelfRegUXNet, "3d_fullres"),
         pytest.param(KMax, "3d_fullres", marks=pytest.mark.matrix),
+        pytest.param(Dual, "2d", marks=pytest.mark.matrix),
+        pytest.param(DualTwo, "2d", marks=pytest.mark.matrix),
         pytest.param(SelfRegSwin, "2d", marks=pytest.mark.matrix),
     ],
 )
@@ -168,7 +183,7 @@ def test_attributes_reach_the_network(build):
     assert (blocks[0].layer_scale == 0.5).all()
     assert trainer.network.encoder.output_channels[-1] == 16
     kmax = build(KMax, queries=16)
-    assert len(kmax.network.decoder.mask_decoder.queries) == 16
+    assert kmax.network.decoder.mask_decoder.queries.shape[1] == 16
 
 
 @pytest.mark.parametrize("family", [UXNet, KMax, Swin])

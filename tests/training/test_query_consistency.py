@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from small_trainers.nnUNetTrainerTinyBackbones import nnUNetTrainerTinyDualKMaxUXNetTwo
 from workspace import Run, initialised, start, weights, whole_and_resumed
 
 from nnunetv2_selfreg.data.batch import Batch
 from nnunetv2_selfreg.errors import SettingError, UnsupportedError
 from nnunetv2_selfreg.losses.agreement import contrastive_agreement
-from nnunetv2_selfreg.networks.kmax import KMaxUXNet
 from nnunetv2_selfreg.training.query_consistency import QueryConsistency
+from nnunetv2_selfreg.training.selfreg import SelfRegularized
 
 SHARED, TWO = "nnUNetTrainerTinyDualKMaxUXNet", "nnUNetTrainerTinyDualKMaxUXNetTwo"
 LENGTH = "_2epochs_2iters"
@@ -135,6 +136,20 @@ def test_two_networks_learn_and_the_one_of_the_weak_views_serves(data_sets, resu
     assert torch.equal(seen["weak"], torch.cat((batch.further["labeled_weak"], batch.weak)))
 
 
+@pytest.mark.parametrize(
+    ("attribute", "term"),
+    [
+        ("segmentation_consistency_weight", "segmentation_consistency"),
+        ("query_consistency_weight", "query_consistency"),
+    ],
+)
+def test_consistency_without_a_weight_is_left_out(attribute, term, data_sets, results):
+    trainer = start(build(data_sets, **{attribute: 0}))
+    outputs = trainer.train_step(next(trainer.dataloader_train))
+    assert {"segmentation_consistency", "query_consistency"} - set(outputs) == {term}
+    assert outputs["consistency_ramp"] == pytest.approx(np.exp(-5))
+
+
 def test_labels_alone_suffice(data_sets, results):
     trainer = start(build(data_sets, unlabeled_batch_size=0))
     batch = next(trainer.dataloader_train)
@@ -153,6 +168,20 @@ def test_single_sample_a_step_is_compared_by_squares_and_the_log_says_so(data_se
     unlabeled.configuration_manager.configuration["batch_size"] = 1
     start(unlabeled)
     assert unlabeled.consistency == "contrastive"  # a labelled and an unlabelled one
+
+
+def test_selfreg_regularises_the_network_of_the_weak_views(data_sets, results):
+    class Trainer(SelfRegularized, nnUNetTrainerTinyDualKMaxUXNetTwo):
+        pass
+
+    trainer = start(initialised(Trainer, Run(data_sets.name("ignore"), "2d", "nnUNetTrainer")))
+    outputs = trainer.train_step(next(trainer.dataloader_train))
+    supervised = outputs["segmentation"] + outputs["strong_segmentation"]
+    consistency = (
+        0.1 * outputs["consistency_ramp"] * (outputs["segmentation_consistency"] + outputs["query_consistency"])
+    )
+    regularised = supervised + 0.015 * (outputs["scr"] + outputs["ifd"]) + consistency
+    assert outputs["loss"] == pytest.approx(regularised, rel=1e-4)
 
 
 def test_other_networks_are_refused(data_sets, results):
@@ -209,7 +238,7 @@ def test_activation_checkpointing_changes_no_term(data_sets, results):
             start(trainer)
         finally:
             del type(trainer).activation_checkpointing
-        assert isinstance(trainer.network, KMaxUXNet)
+        assert ("forward" in vars(trainer.network.decoder.mask_decoder)) == on
         torch.manual_seed(1)
         images = torch.randn(2, 1, *trainer.configuration_manager.patch_size)
         target = [torch.zeros(2, 1, *output.shape[2:]) for output in trainer.network(images).convolutional]

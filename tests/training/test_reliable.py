@@ -304,6 +304,24 @@ def test_further_outputs_of_a_step_and_a_missing_picture_do_no_harm(run):
     assert run.load()["current_epoch"] == 2
 
 
+@pytest.mark.parametrize("count", [1, 4, 10])
+def test_legend_of_the_terms_is_whole(count, monkeypatch):
+    """With the large letters that nnU-Net sets."""
+    import seaborn
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from nnunetv2_selfreg.training import progress
+
+    figures, draw = [], FigureCanvasAgg.draw
+    monkeypatch.setattr(FigureCanvasAgg, "draw", lambda canvas: figures.append(canvas.figure) or draw(canvas))
+    with seaborn.plotting_context(font_scale=2.5):
+        progress._panel({f"segmentation_consistency_{number}": [1.0, 2.0] for number in range(count)})
+    legend = figures[0].axes[0].get_legend().get_window_extent()
+    assert legend.x0 >= 0
+    assert legend.x1 <= 3000
+    assert legend.y1 <= 1800
+
+
 def test_progress_picture_grows_by_the_panel_of_the_terms(run, monkeypatch):
     import matplotlib
     from PIL import Image

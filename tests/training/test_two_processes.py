@@ -108,6 +108,7 @@ TERMS = {
     "nnUNetTrainerTinySwinUNETR": set(),
     "nnUNetTrainerTinySelfRegUXNet": {"segmentation", "scr", "ifd"},
     "nnUNetTrainerTinyKMaxUXNet": {"query_segmentation", "convolutional", "query_distribution"},
+    "nnUNetTrainerTinyDualKMaxUXNet": {"segmentation", "query_distribution", "query_consistency"},
     "nnUNetTrainerTinyDualKMaxUXNetTwo": {"segmentation", "query_distribution", "query_consistency"},
 }
 
@@ -117,6 +118,7 @@ PARTS_OF_OTHERS = (
     "nnUNetTrainerTinySwinUNETR",
     "nnUNetTrainerTinySelfRegUXNet",
     "nnUNetTrainerTinyKMaxUXNet",
+    "nnUNetTrainerTinyDualKMaxUXNet",
 )
 CASES = [pytest.param(name, marks=pytest.mark.matrix if name in PARTS_OF_OTHERS else ()) for name in TERMS]
 
