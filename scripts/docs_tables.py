@@ -169,17 +169,19 @@ def of_costs(name: str, titles: dict[str, str]) -> str:
 
 
 def of_steps(name: str) -> str:
-    """Times and memory of steps beside those of stock, as scripts/measure/step_time.py stored them: eager.json has all
-    trainers, compiled-X.json each of them."""
+    """Steps of each trainer beside those of stock, not compiled and compiled, as scripts/measure/step_time.py stored
+    them: the first row of each file is stock's."""
     folder = DOCS / "results" / name
-    measured = {file.stem: json.loads(file.read_text())["rows"] for file in sorted(folder.glob("*.json"), reverse=True)}
-    lines = table_head("trainer", "", "step, ms", "ratio to stock (quartiles)", "memory, MiB", "ratio")
-    for way, rows in measured.items():
+    files = sorted(folder.glob("*.json"), key=lambda file: (file.stem.startswith("compiled"), file.stem))
+    lines = table_head("trainer", "compiled", "step, ms", "stock's, ms", "ratio (quartiles)", "memory, ratio")
+    for file in files:
+        stock, *rows = json.loads(file.read_text())["rows"]
         for row in rows:
             quartiles = "–".join(f"{value:.2f}" for value in row["ratio_quartiles"])
-            time = f"{1000 * row['seconds']:.0f}", f"{row['ratio']:.2f} ({quartiles})"
-            memory = f"{row['memory_mib']:.0f}", f"{row['memory_ratio']:.2f}"
-            lines.append(table_row(row["trainer"], way.partition("-")[0], *time, *memory))
+            times = (f"{1000 * measured['seconds']:.0f}" for measured in (row, stock))
+            compiled = "yes" if file.stem.startswith("compiled") else "no"
+            ratios = f"{row['ratio']:.2f} ({quartiles})", f"{row['memory_ratio']:.2f}"
+            lines.append(table_row(row["trainer"], compiled, *times, *ratios))
     return "\n".join(lines)
 
 

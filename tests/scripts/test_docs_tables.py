@@ -1,5 +1,7 @@
 """The tables in the docs are those of the committed measurements."""
 
+import json
+
 import docs_tables
 import pandas as pd
 import pytest
@@ -54,3 +56,22 @@ def test_trials_in_the_order_of_their_titles_with_their_own_numbers(classes, mon
     assert (
         docs_tables.of_trials("tiny-cpu", titles, ("nnUNetTrainer", "nnUNetTrainerNever")).splitlines()[2:] == with_pair
     )
+
+
+def test_steps_stand_beside_stocks_of_the_same_file(tmp_path, monkeypatch):
+    def write(name: str, *rows: tuple[str, float, float]) -> None:
+        (tmp_path / "results" / "steps").mkdir(parents=True, exist_ok=True)
+        rows = [
+            {"trainer": t, "seconds": s, "ratio": r, "ratio_quartiles": [r - 0.1, r + 0.1], "memory_ratio": 1.5}
+            for t, s, r in rows
+        ]
+        (tmp_path / "results" / "steps" / f"{name}.json").write_text(json.dumps({"rows": rows}))
+
+    write("compiled-a", ("nnUNetTrainer", 0.02, 1), ("A", 0.03, 1.5))
+    write("eager", ("nnUNetTrainer", 0.04, 1), ("A", 0.06, 1.5), ("B", 0.08, 2))
+    monkeypatch.setattr(docs_tables, "DOCS", tmp_path)
+    assert docs_tables.of_steps("steps").splitlines()[2:] == [
+        "| A | no | 60 | 40 | 1.50 (1.40–1.60) | 1.50 |",
+        "| B | no | 80 | 40 | 2.00 (1.90–2.10) | 1.50 |",
+        "| A | yes | 30 | 20 | 1.50 (1.40–1.60) | 1.50 |",
+    ]
