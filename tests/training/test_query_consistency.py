@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from small_trainers.nnUNetTrainerTinyBackbones import nnUNetTrainerTinyDualKMaxUXNetTwo
+from small_trainers.nnUNetTrainerTinyBackbones import nnUNetTrainerTinyDualKMaxUXNet, nnUNetTrainerTinyDualKMaxUXNetTwo
 from workspace import Run, initialised, start, weights, whole_and_resumed
 
 from nnunetv2_selfreg.data.batch import Batch
@@ -211,7 +211,13 @@ def test_impossible_settings(attribute, value, data_sets, results):
 @pytest.mark.parametrize("form", ["contrastive", "squared"])
 def test_steps_in_half_precision_stay_finite(form, steps, data_sets, results):
     """As on a GPU: the loss scaled, half precision where torch allows it."""
-    trainer = start(build(data_sets, consistency=form, ramp_up_length=1e-6))
+
+    def with_small_patches(configurations):
+        configurations["2d"]["patch_size"] = [16, 16]
+
+    run = Run(data_sets.name("ignore"), "2d", "nnUNetTrainer")
+    attributes = {"consistency": form, "ramp_up_length": 1e-6}
+    trainer = start(initialised(nnUNetTrainerTinyDualKMaxUXNet, run, with_small_patches, **attributes))
     trainer.grad_scaler = torch.amp.GradScaler("cpu")
     loss_of = trainer.loss_of
 
