@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 
@@ -34,13 +33,6 @@ def recompute(modules: Iterable[nn.Module]) -> None:
 
 def _recomputed(forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return checkpoint(forward, *inputs, use_reentrant=False) if torch.is_grad_enabled() else forward(*inputs)
-
-
-def resize(feature: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Bilinear or trilinear interpolation of `(B, C, *spatial)` to a spatial shape."""
-    if tuple(feature.shape[2:]) == tuple(shape):
-        return feature
-    return F.interpolate(feature, tuple(shape), mode="bilinear" if len(shape) == 2 else "trilinear")
 
 
 def check_drop_path(probability: float) -> None:

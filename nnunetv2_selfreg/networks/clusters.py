@@ -47,6 +47,16 @@ def merged(log_distribution: Tensor, groups: Sequence[int]) -> Tensor:
     return torch.stack([part.logsumexp(1) for part in log_distribution.split(list(groups), 1)], 1)
 
 
+def group_members(groups: Sequence[int]) -> Tensor:
+    """One where a query belongs to a class, `(K, N)`.
+
+    >>> group_members([1, 2])
+    tensor([[1., 0., 0.],
+            [0., 1., 1.]])
+    """
+    return torch.block_diag(*(torch.ones(1, size) for size in groups))
+
+
 def query_groups(queries: int, num_classes: int) -> list[int]:
     """How many of the queries belong to each class: an eighth to the background, the others share the rest equally, and
     what remains goes to the last (our decision).

@@ -14,7 +14,6 @@ import torch
 from dynamic_network_architectures.building_blocks.unet_residual_decoder import UNetResDecoder
 from torch import Tensor, nn
 
-from nnunetv2_selfreg.networks.blocks import resize
 from nnunetv2_selfreg.networks.mask_decoder import PUBLISHED, QUERIES, MaskDecoder, MaskDecoderSizes
 from nnunetv2_selfreg.networks.uxnet import UXNet, UXNetEncoder
 
@@ -33,7 +32,7 @@ class KMaxOutput(NamedTuple):
 class KMaxUXNet(UXNet):
     """UX-Net whose segmentation comes from queries; its convolutional heads serve deep supervision alone.
 
-    Without deep supervision the output is the segmentation, and the stage at full resolution is not computed.
+    Without deep supervision the output is the segmentation.
 
     Args:
         queries: their number.
@@ -54,7 +53,7 @@ class KMaxUXNet(UXNet):
 
 
 class KMaxDecoder(UNetResDecoder):
-    """UX-Net's decoder, whose feature maps below full resolution are clustered. Arguments are those of the base."""
+    """UX-Net's decoder, whose feature maps are clustered. Arguments are those of the base, and the mask decoder's."""
 
     def __init__(
         self,
@@ -66,7 +65,7 @@ class KMaxDecoder(UNetResDecoder):
         sizes: MaskDecoderSizes,
     ) -> None:
         super().__init__(encoder, num_classes, list(n_conv_per_stage), deep_supervision)
-        channels, kernels = encoder.output_channels[:0:-1], encoder.kernel_sizes[:0:-1]  # from the bottleneck up
+        channels, kernels = encoder.output_channels[::-1], encoder.kernel_sizes[::-1]  # from the bottleneck up
         self.mask_decoder = MaskDecoder(encoder.conv_op, channels, kernels, num_classes, queries, sizes)
 
     def forward(self, skips: list[Tensor]) -> Tensor | KMaxOutput:
@@ -76,13 +75,9 @@ class KMaxDecoder(UNetResDecoder):
             skips: of the encoder, from full resolution to the bottleneck.
         """
         features = [skips[-1]]
-        stages = list(zip(self.transpconvs, self.stages, skips[-2::-1], strict=True))
-        computed = stages if self.deep_supervision else stages[:-1]  # full resolution has a head of the loss alone
-        for upsample, stage, skip in computed:
+        for upsample, stage, skip in zip(self.transpconvs, self.stages, skips[-2::-1], strict=True):
             features.append(stage(torch.cat((upsample(features[-1]), skip), 1)))
-        below_full = features[: len(self.stages)]
-        segmentation, *log_assignments = self.mask_decoder(*below_full)
-        segmentation = resize(segmentation, skips[0].shape[2:])
+        segmentation, *log_assignments = self.mask_decoder(*features)
         if not self.deep_supervision:
             return segmentation
         heads = zip(self.seg_layers, features[1:], strict=True)

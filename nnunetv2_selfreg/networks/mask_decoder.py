@@ -19,6 +19,8 @@ Ours, none of them measured by itself:
 * mask logits are not normed before their scale, so their deviation may grow with the keys; nor have they a shift, which
   no softmax would see
 * the depthwise convolution has 1 in the place of 5 on axes on which the plan has no kernel, as UX-Net's trunk
+* the masks at full resolution have no such head, and as many key channels as the feature map (published: 128): both
+  would take gigabytes, and the decoder's block has convolved that map just before
 * class scores start as torch starts a linear layer, without the bias towards "nothing" of panoptic segmentation
 """
 
@@ -34,6 +36,7 @@ from torch.nn import functional as F
 
 from nnunetv2_selfreg.networks.clusters import (
     cluster_means,
+    group_members,
     hard_assignment,
     log_query_distribution,
     merged,
@@ -44,6 +47,7 @@ from nnunetv2_selfreg.tensors import at_least_single
 QUERIES = 128
 MASK_SCALE = 0.1
 MASK_KERNEL = 5
+LEAST_ASSIGNMENT = 1e-20  # its logarithm has a gradient that a loss scale cannot make infinite
 
 
 @dataclass(frozen=True)
@@ -80,14 +84,15 @@ PUBLISHED = MaskDecoderSizes()
 
 class MaskDecoder(nn.Module):
     """Updates the queries with the bottleneck and the two deepest decoder levels, two layers each, and reads the masks
-    off the feature map of the second stage, in most plans at half resolution: at full resolution 128 queries would take
-    a gigabyte a sample. A network of three stages has one decoder level below full resolution, which is all that is
-    read then.
+    off the feature map at full resolution. A network of three stages has one decoder level below that.
+
+    128 mask logits a voxel would take a gigabyte a sample there. They are never stored: segmentation and assignments
+    are what attention of the voxels to the queries gives, see :func:`attended`.
 
     Args:
-        channels: of the feature maps below full resolution, from the bottleneck up. The first ones update the queries,
-            the masks are read off the last one.
-        kernel_sizes: the plan's, of these.
+        channels: of the feature maps, from the bottleneck up to full resolution. The first ones update the queries, the
+            masks are read off the last one.
+        kernel_sizes: the plan's, of their stages.
         num_classes: K, with background.
         queries: N.
         sizes: of the rest.
@@ -109,32 +114,35 @@ class MaskDecoder(nn.Module):
         self.groups = query_groups(queries, num_classes)
         self.layers_per_level = sizes.layers_per_level
         self.queries = nn.Parameter(torch.randn(sizes.width, queries))
+        below_full = list(zip(channels, kernel_sizes, strict=True))[:-1]
         self.layers = nn.ModuleList(
             KMaxLayer(conv_op, of_level, kernel, sizes)
-            for of_level, kernel in list(zip(channels, kernel_sizes, strict=True))[: sizes.levels]
+            for of_level, kernel in below_full[: sizes.levels]
             for _ in range(sizes.layers_per_level)
         )
         self.mask_query = projection(nn.Conv1d, sizes.width, sizes.width)
-        self.masks = MaskPredictor(conv_op, channels[-1], kernel_sizes[-1], sizes)
+        # As many key channels as the feature map has: 128 of them at full resolution would take gigabytes.
+        self.masks = MaskPredictor(conv_op, channels[-1], sizes.width, channels[-1])
         self.class_query = projection(nn.Conv1d, sizes.width, sizes.width)
         # -pretrained_weights leaves out what has this name, since its shape depends on the number of classes.
         self.seg_layers = nn.Conv1d(sizes.width, num_classes, 1)
 
     def forward(self, *features: Tensor) -> tuple[Tensor, ...]:
-        """The segmentation at the resolution of the last feature map, then the logarithms of all merged assignments.
+        """The segmentation, then the logarithms of all merged assignments: of each layer, and at full resolution.
 
         Args:
-            features: `(B, C, *spatial)` from the bottleneck up to the second stage.
+            features: `(B, C, *spatial)` from the bottleneck up to full resolution.
         """
         queries = self.queries.expand(len(features[0]), -1, -1)
         log_assignments = []
         for number, layer in enumerate(self.layers):
             queries, mask_logits = layer(queries, features[number // self.layers_per_level])
             log_assignments.append(merged(log_query_distribution(mask_logits), self.groups))
-        log_distribution = log_query_distribution(self.masks(self.mask_query(queries), features[-1]))
-        scores = self.seg_layers(self.class_query(queries)).to(log_distribution.dtype)
-        segmentation = torch.einsum("bn...,bkn->bk...", log_distribution.exp(), scores)
-        return segmentation, *log_assignments, merged(log_distribution, self.groups)
+        voxel_keys, query_keys = self.masks.keys(self.mask_query(queries), features[-1])
+        scores = self.seg_layers(self.class_query(queries)).to(query_keys.dtype)
+        members = group_members(self.groups).to(scores).expand(len(scores), -1, -1)
+        segmentation, assignment = attended(voxel_keys, query_keys, torch.cat((scores, members), 1)).chunk(2, 1)
+        return segmentation, *log_assignments, assignment.clamp_min(LEAST_ASSIGNMENT).log()
 
 
 class KMaxLayer(nn.Module):
@@ -152,7 +160,8 @@ class KMaxLayer(nn.Module):
         width = sizes.width
         self.voxels = nn.Sequential(nn.GELU(), *projection(conv_op, channels, width))
         self.space = projection(nn.Conv1d, width, width)
-        self.masks = MaskPredictor(conv_op, width, kernel, sizes)
+        self.mask_head = mask_head(conv_op, width, kernel)
+        self.masks = MaskPredictor(conv_op, width, width, sizes.key_width)
         self.value = nn.Conv1d(width, width, 1, bias=False)
         self.update = nn.Sequential(instance_norm(nn.Conv1d, width), *residual_branch(width, width))
         self.attention = nn.Sequential(SelfAttention(sizes), nn.GELU(), *residual_branch(width, width))
@@ -164,7 +173,7 @@ class KMaxLayer(nn.Module):
     def forward(self, queries: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
         """The queries `(B, width, N)` after a step, and the mask logits `(B, N, *spatial)` of those before it."""
         voxels, space = self.voxels(feature), self.space(queries)
-        mask_logits = self.masks(space, voxels)
+        mask_logits = self.masks(space, self.mask_head(voxels))
         centres = self.value(cluster_means(voxels, hard_assignment(mask_logits)))
         queries = self.activation(queries + self.update(centres) + self.attention(space))
         return self.activation(queries + self.feed_forward(queries)), mask_logits
@@ -172,31 +181,58 @@ class KMaxLayer(nn.Module):
 
 class MaskPredictor(nn.Module):
     """Mask logits `(B, N, *spatial)`: the L2-normalised key of each voxel times the key of each query, times a learned
-    scale that starts at 0.1, so that no query owns a voxel at first."""
+    scale that starts at 0.1, so that no query owns a voxel at first.
 
-    def __init__(self, conv_op: type[nn.Module], channels: int, kernel: Sequence[int], sizes: MaskDecoderSizes) -> None:
+    Args:
+        channels: of the feature map.
+        query_width: of the queries.
+        key_width: channels in which voxels and queries are compared.
+    """
+
+    def __init__(self, conv_op: type[nn.Module], channels: int, query_width: int, key_width: int) -> None:
         super().__init__()
-        depthwise = tuple(MASK_KERNEL if k > 1 else 1 for k in kernel)
-        padding = tuple(k // 2 for k in depthwise)
-        self.voxel_key = nn.Sequential(
-            conv_op(channels, channels, depthwise, padding=padding, groups=channels, bias=False),
-            instance_norm(conv_op, channels),
-            nn.GELU(),
-            *projection(conv_op, channels, sizes.width),
-            conv_op(sizes.width, sizes.key_width, 1, bias=False),
-            instance_norm(conv_op, sizes.key_width),
-        )
+        self.voxel_key = nn.Sequential(conv_op(channels, key_width, 1, bias=False), instance_norm(conv_op, key_width))
         self.query_key = nn.Sequential(
-            nn.Conv1d(sizes.width, sizes.key_width, 1, bias=False), instance_norm(nn.Conv1d, sizes.key_width)
+            nn.Conv1d(query_width, key_width, 1, bias=False), instance_norm(nn.Conv1d, key_width)
         )
         self.scale = nn.Parameter(torch.tensor(MASK_SCALE))
 
-    def forward(self, queries: Tensor, feature: Tensor) -> Tensor:
-        """Of queries `(B, width, N)` and a feature map `(B, C, *spatial)`; in single precision at least."""
+    def keys(self, queries: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a feature map `(B, C, *spatial)` and of queries `(B, width, N)`, whose products are the mask logits;
+        `(B, key_width, ...)`, in single precision at least."""
         key = F.normalize(at_least_single(self.voxel_key(feature)), dim=1)  # squares leave half precision's range
-        queries = self.scale * self.query_key(queries).to(key.dtype)
-        with torch.autocast(key.device.type, enabled=False):
-            return torch.einsum("bdn,bd...->bn...", queries, key)
+        return key, self.scale * self.query_key(queries).to(key.dtype)
+
+    def forward(self, queries: Tensor, feature: Tensor) -> Tensor:
+        voxel_keys, query_keys = self.keys(queries, feature)
+        with torch.autocast(feature.device.type, enabled=False):
+            return torch.einsum("bdn,bd...->bn...", query_keys, voxel_keys)
+
+
+def attended(voxel_keys: Tensor, query_keys: Tensor, values: Tensor) -> Tensor:
+    """What the queries' values are for each voxel: their mean, weighted by the query distribution.
+
+        sum over n of softmax_n( voxel_key . query_key_n ) value_n
+
+    That is attention of the voxels to the queries, so no map of N channels is stored where torch has a kernel for it.
+
+    Args:
+        voxel_keys: `(B, D, *spatial)`.
+        query_keys: `(B, D, N)`.
+        values: `(B, M, N)`.
+
+    Returns:
+        `(B, M, *spatial)`.
+    """
+    *_, width, _ = query_keys.shape
+    padded = -(-max(width, values.shape[1]) // 8) * 8  # the kernels want equal widths, which 8 divides
+    voxels, keys, of_queries = (
+        F.pad(part.flatten(2).transpose(1, 2), (0, padded - part.shape[1]))[:, None]
+        for part in (voxel_keys, query_keys, values)
+    )
+    with torch.autocast(voxel_keys.device.type, enabled=False):
+        found = F.scaled_dot_product_attention(voxels, keys, of_queries, scale=1.0)
+    return found[:, 0, :, : values.shape[1]].transpose(1, 2).unflatten(2, voxel_keys.shape[2:])
 
 
 class SelfAttention(nn.Module):
@@ -216,6 +252,21 @@ class SelfAttention(nn.Module):
             for part in self.query_key_value(queries).split(self.parts, 1)
         )
         return self.norm(F.scaled_dot_product_attention(*heads).transpose(2, 3).flatten(1, 2))
+
+
+def mask_head(conv_op: type[nn.Module], width: int, kernel: Sequence[int]) -> nn.Sequential:
+    """What a layer makes of its voxels before it compares them: a depthwise and a pointwise convolution.
+
+    Where the plan's `kernel` is 1 on an axis, the depthwise one is, too.
+    """
+    depthwise = tuple(MASK_KERNEL if k > 1 else 1 for k in kernel)
+    padding = tuple(k // 2 for k in depthwise)
+    return nn.Sequential(
+        conv_op(width, width, depthwise, padding=padding, groups=width, bias=False),
+        instance_norm(conv_op, width),
+        nn.GELU(),
+        *projection(conv_op, width, width),
+    )
 
 
 def projection(conv_op: type[nn.Module], channels: int, width: int) -> nn.Sequential:

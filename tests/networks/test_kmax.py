@@ -15,6 +15,7 @@ from nnunetv2_selfreg.losses.kmax import KMaxLoss
 from nnunetv2_selfreg.networks.clusters import (
     cluster_means,
     fewest_queries,
+    group_members,
     hard_assignment,
     log_query_distribution,
     merged,
@@ -22,12 +23,14 @@ from nnunetv2_selfreg.networks.clusters import (
 )
 from nnunetv2_selfreg.networks.kmax import KMaxUXNet
 from nnunetv2_selfreg.networks.mask_decoder import (
+    LEAST_ASSIGNMENT,
     PUBLISHED,
     KMaxLayer,
     MaskDecoder,
     MaskDecoderSizes,
     MaskPredictor,
     SelfAttention,
+    attended,
 )
 from nnunetv2_selfreg.networks.uxnet import UXNet
 
@@ -73,17 +76,40 @@ def test_merged_assignment_sums_each_group():
 
 def test_segmentation_is_the_distribution_times_the_class_scores():
     torch.manual_seed(0)
-    decoder = MaskDecoder(torch.nn.Conv2d, [8, 4], [[3, 3]] * 2, 3, 16, PUBLISHED)
-    features = [torch.randn(1, 8, 2, 3), torch.randn(1, 4, 4, 6)]
+    decoder = lively(MaskDecoder(torch.nn.Conv2d, [16, 8, 4], [[3, 3]] * 3, 3, 16, PUBLISHED))
+    features = [torch.randn(2, 16, 2, 3), torch.randn(2, 8, 4, 6), torch.randn(2, 4, 8, 12)]
     seen = {}
-    decoder.masks.register_forward_hook(lambda _m, _i, output: seen.update(masks=output))
+    decoder.mask_query.register_forward_hook(lambda _m, _i, output: seen.update(queries=output))
     decoder.seg_layers.register_forward_hook(lambda _m, _i, output: seen.update(scores=output))
     segmentation, *log_assignments = decoder(*features)
-    q = torch.softmax(seen["masks"], 1)
+    q = log_query_distribution(decoder.masks(seen["queries"], features[-1])).exp()
     expected = sum(q[:, n, None] * seen["scores"][:, :, n, None, None] for n in range(16))
     torch.testing.assert_close(segmentation, expected)
-    torch.testing.assert_close(log_assignments[-1].exp()[:, 0], q[:, :2].sum(1))
-    assert [tuple(a.shape[2:]) for a in log_assignments] == [(2, 3)] * 2 + [(4, 6)] * 3
+    torch.testing.assert_close(log_assignments[-1].exp(), merged(q.log(), decoder.groups).exp())
+    assert [tuple(a.shape[2:]) for a in log_assignments] == [(2, 3)] * 2 + [(4, 6)] * 2 + [(8, 12)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 20), st.integers(1, 9), st.sampled_from([0.1, 1, 30]))
+def test_attended_values_against_the_whole_map(seed, width, values, queries, size):
+    """Whichever of keys and values is wider, and however sure the voxels are."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (2, width, 3, 4, 2), (2, width, queries), (2, values, queries)
+    voxel_keys, query_keys, of_queries = (size * torch.randn(shape, generator=generator) for shape in shapes)
+    found = attended(voxel_keys, query_keys, of_queries)
+    logits = np.einsum("bd...,bdn->bn...", voxel_keys.double(), query_keys.double())
+    q = torch.softmax(torch.from_numpy(logits), 1)
+    expected = torch.einsum("bn...,bmn->bm...", q, of_queries.double()).float()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * size)
+
+
+def test_assignment_that_is_surely_wrong_still_has_a_finite_gradient():
+    """Also when the loss is scaled for half precision."""
+    voxel_keys = torch.ones(1, 8, 2, 2, requires_grad=True)
+    query_keys = torch.stack((100 * torch.ones(1, 8), -100 * torch.ones(1, 8)), 2)
+    assignment = attended(voxel_keys, query_keys, group_members([1, 1])[None])
+    (-(2.0**16) * assignment.clamp_min(LEAST_ASSIGNMENT).log()[:, 1].mean()).backward()
+    assert torch.isfinite(voxel_keys.grad).all()
 
 
 @settings(max_examples=25)
@@ -109,7 +135,7 @@ def test_large_clusters_are_counted_in_half_precision():
 @pytest.mark.parametrize("size", [0.0, 6e4])
 def test_keys_of_any_size_are_normalised_in_half_precision(size):
     """Squares of the one are too small for it, of the other too large."""
-    masks = MaskPredictor(torch.nn.Conv2d, 4, [3, 3], PUBLISHED).half()
+    masks = MaskPredictor(torch.nn.Conv2d, 4, 256, 128).half()
     masks.voxel_key = torch.nn.Identity()
     feature = torch.full((1, PUBLISHED.key_width, 2, 2), size, dtype=torch.float16)
     with torch.autocast("cpu", dtype=torch.float16):
@@ -144,11 +170,15 @@ def test_fresh_decoder_changes_its_queries_by_activations_alone():
     assert not torch.allclose(seen[-1], seen[0], atol=0.1)
 
 
-def test_mask_logits_start_with_a_deviation_of_a_tenth():
-    network, found = small(width=16, queries=128), []
-    for module in network.modules():
-        if isinstance(module, MaskPredictor):
-            module.register_forward_hook(lambda _m, _i, logits: found.append(float(logits.detach().std())))
+def test_mask_logits_start_with_a_deviation_of_a_tenth(monkeypatch):
+    network, found, keys = small(width=16, queries=128), [], MaskPredictor.keys
+
+    def recorded(*arguments):
+        voxel_keys, query_keys = keys(*arguments)
+        found.append(float(torch.einsum("bdn,bd...->bn...", query_keys, voxel_keys).detach().std()))
+        return voxel_keys, query_keys
+
+    monkeypatch.setattr(MaskPredictor, "keys", recorded)
     network(image())
     assert len(found) == 7
     np.testing.assert_allclose(found, 0.1, rtol=0.1)
@@ -157,8 +187,8 @@ def test_mask_logits_start_with_a_deviation_of_a_tenth():
 def test_mask_head_stays_within_slices_where_the_plan_has_no_kernel_across_them():
     network = KMaxUXNet(1, 3, STRIDES, [[1, 3, 3], [1, 3, 3], [3, 3, 3], [3, 3, 3]], width=4, deepest=16, queries=24)
     decoder = network.decoder.mask_decoder
-    sizes = [masks.voxel_key[0].kernel_size for masks in (*(layer.masks for layer in decoder.layers), decoder.masks)]
-    assert sizes == [(5, 5, 5)] * 4 + [(1, 5, 5)] * 3
+    sizes = [layer.mask_head[0].kernel_size for layer in decoder.layers]
+    assert sizes == [(5, 5, 5)] * 4 + [(1, 5, 5)] * 2
 
 
 @pytest.mark.parametrize(
@@ -181,7 +211,7 @@ def test_layer_adds_both_branches_of_the_queries_before_them():
     queries, feature = torch.randn(2, 256, 8), torch.randn(2, 4, 6, 5)
     moved, mask_logits = layer(queries, feature)
     space, voxels = layer.space(queries), layer.voxels(feature)
-    torch.testing.assert_close(mask_logits, layer.masks(space, voxels))
+    torch.testing.assert_close(mask_logits, layer.masks(space, layer.mask_head(voxels)))
     centres = layer.value(cluster_means(voxels, hard_assignment(mask_logits)))
     gelu = torch.nn.functional.gelu
     between = gelu(queries + layer.update(centres) + layer.attention(space))
@@ -241,17 +271,17 @@ def test_permuting_queries_within_groups_changes_nothing():
     with torch.no_grad():
         queries = network.decoder.mask_decoder.queries
         queries.copy_(queries[:, order])
-    torch.testing.assert_close(network(image()), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(network(image()), expected, rtol=1e-3, atol=1e-3)
     with torch.no_grad():
         queries.copy_(queries.flip(1))  # across groups
-    assert not torch.allclose(network(image()).log_assignments[-1], expected.log_assignments[-1], atol=1e-3)
+    assert not torch.allclose(network(image()).log_assignments[-1], expected.log_assignments[-1], atol=1e-2)
 
 
 def test_layers_read_the_bottleneck_and_the_two_deepest_decoder_levels():
     network = KMaxUXNet(1, 2, [[1, 1], *[[2, 2]] * 4], [[3, 3]] * 5, width=4, deepest=16, queries=16)
     output = network(torch.randn(1, 1, 32, 64))
     sizes = [tuple(a.shape[2:]) for a in output.log_assignments]
-    assert sizes == [(2, 4)] * 2 + [(4, 8)] * 2 + [(8, 16)] * 2 + [(16, 32)]
+    assert sizes == [(2, 4)] * 2 + [(4, 8)] * 2 + [(8, 16)] * 2 + [(32, 64)]
     assert [tuple(c.shape[2:]) for c in output.convolutional] == [(32, 64), (16, 32), (8, 16), (4, 8)]
     assert output.segmentation.shape == (1, 2, 32, 64)
 
@@ -259,7 +289,7 @@ def test_layers_read_the_bottleneck_and_the_two_deepest_decoder_levels():
 def test_network_of_three_stages_reads_what_there_is():
     network = KMaxUXNet(1, 2, [[1, 1], *[[2, 2]] * 2], [[3, 3]] * 3, width=4, deepest=16, queries=16)
     sizes = [tuple(a.shape[2:]) for a in network(torch.randn(1, 1, 16, 32)).log_assignments]
-    assert sizes == [(4, 8)] * 2 + [(8, 16)] * 3
+    assert sizes == [(4, 8)] * 2 + [(8, 16)] * 2 + [(16, 32)]
 
 
 def test_weights_of_a_training_with_other_classes_are_taken(tmp_path):
@@ -272,14 +302,11 @@ def test_weights_of_a_training_with_other_classes_are_taken(tmp_path):
     assert torch.equal(after.decoder.mask_decoder.queries, before.decoder.mask_decoder.queries)
 
 
-def test_without_deep_supervision_the_segmentation_stays_and_the_last_stage_is_not_computed():
+def test_without_deep_supervision_the_segmentation_stays():
     network = small().eval()
     expected = network(image()).segmentation
-    computed = []
-    network.decoder.stages[-1].register_forward_hook(lambda *_: computed.append(1))
     network.decoder.deep_supervision = False
     torch.testing.assert_close(network(image()), expected)
-    assert not computed
 
 
 def test_every_parameter_learns_with_a_single_sample():
