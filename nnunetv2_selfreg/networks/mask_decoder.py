@@ -112,6 +112,7 @@ class MaskDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.groups = query_groups(queries, num_classes)
+        self.register_buffer("members", group_members(self.groups), persistent=False)
         self.layers_per_level = sizes.layers_per_level
         self.queries = nn.Parameter(torch.randn(sizes.width, queries))
         below_full = list(zip(channels, kernel_sizes, strict=True))[:-1]
@@ -140,8 +141,8 @@ class MaskDecoder(nn.Module):
             log_assignments.append(merged(log_query_distribution(mask_logits), self.groups))
         voxel_keys, query_keys = self.masks.keys(self.mask_query(queries), features[-1])
         scores = self.seg_layers(self.class_query(queries)).to(query_keys.dtype)
-        members = group_members(self.groups).to(scores).expand(len(scores), -1, -1)
-        segmentation, assignment = attended(voxel_keys, query_keys, torch.cat((scores, members), 1)).chunk(2, 1)
+        values = torch.cat((scores, self.members.to(scores.dtype).expand(len(scores), -1, -1)), 1)
+        segmentation, assignment = attended(voxel_keys, query_keys, values).chunk(2, 1)
         return segmentation, *log_assignments, assignment.clamp_min(LEAST_ASSIGNMENT).log()
 
 
@@ -224,15 +225,17 @@ def attended(voxel_keys: Tensor, query_keys: Tensor, values: Tensor) -> Tensor:
     Returns:
         `(B, M, *spatial)`.
     """
-    *_, width, _ = query_keys.shape
-    padded = -(-max(width, values.shape[1]) // 8) * 8  # the kernels want equal widths, which 8 divides
-    voxels, keys, of_queries = (
-        F.pad(part.flatten(2).transpose(1, 2), (0, padded - part.shape[1]))[:, None]
-        for part in (voxel_keys, query_keys, values)
+    channels, slices = len(query_keys[0]), voxel_keys.shape[2]
+    padded = -(-max(channels, values.shape[1]) // 8) * 8  # the kernels want equal widths, which 8 divides
+    # Slices are heads: the kernels' backward pass goes through the voxels of a head one block after the other.
+    voxels = F.pad(voxel_keys.flatten(3).permute(0, 2, 3, 1), (0, padded - channels))
+    keys, of_queries = (
+        F.pad(part.transpose(1, 2), (0, padded - part.shape[1]))[:, None].expand(-1, slices, -1, -1)
+        for part in (query_keys, values)
     )
     with torch.autocast(voxel_keys.device.type, enabled=False):
         found = F.scaled_dot_product_attention(voxels, keys, of_queries, scale=1.0)
-    return found[:, 0, :, : values.shape[1]].transpose(1, 2).unflatten(2, voxel_keys.shape[2:])
+    return found[..., : values.shape[1]].permute(0, 3, 1, 2).unflatten(3, voxel_keys.shape[3:])
 
 
 class SelfAttention(nn.Module):
