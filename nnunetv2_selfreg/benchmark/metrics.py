@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,9 @@ from tqdm import tqdm
 from nnunetv2_selfreg.benchmark import METRICS
 from nnunetv2_selfreg.data.datasets import read_json
 from nnunetv2_selfreg.errors import UserError
+
+if find_spec("monai") is None:  # it is imported late, but missed early
+    raise ModuleNotFoundError("No module named 'monai'", name="monai")
 
 # MONAI warns of an argument that it passes itself.
 warnings.filterwarnings("ignore", r"monai\.metrics\.utils get_mask_edges", FutureWarning)

@@ -38,7 +38,7 @@ class Foreground:
     def unknown_labels(self, target: Tensor) -> dict[int, int]:
         """For each sample with labels that are not the data set's, one of them. Regions do not tell: nnU-Net puts a
         voxel of an unknown label into none of them."""
-        if self.regions:
+        if self.regions or not len(target):
             return {}
         allowed = self.count if self.ignore_label is None else self.ignore_label
         lowest, highest = target.aminmax()  # of all at once: in a sound batch, that is always, a tenth of the time

@@ -28,3 +28,4 @@ def test_labels_that_the_data_set_does_not_have_are_found_by_sample():
     assert plain.unknown_labels(target) == {1: 3, 2: 4, 3: -1}
     assert ignoring.unknown_labels(target) == {2: 4, 3: -1}
     assert Foreground(2, regions=True, ignore_label=None).unknown_labels(target) == {}
+    assert plain.unknown_labels(target[:2].clamp_max(2)) == plain.unknown_labels(target[:0]) == {}
