@@ -263,18 +263,21 @@ def test_hard_assignment_gets_no_gradient():
 
 
 def test_permuting_queries_within_groups_changes_nothing():
-    network = lively(small())
-    expected = network(image())
+    network, images = (
+        lively(small()).double(),
+        image().double(),
+    )  # each norm multiplies the rounding of single precision
+    expected = network(images)
     sizes = network.decoder.mask_decoder.groups
     order = torch.cat([torch.randperm(n) + sum(sizes[:i]) for i, n in enumerate(sizes)])
     assert not torch.equal(order, torch.arange(24))
     with torch.no_grad():
         queries = network.decoder.mask_decoder.queries
         queries.copy_(queries[:, order])
-    torch.testing.assert_close(network(image()), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         queries.copy_(queries.flip(1))  # across groups
-    assert not torch.allclose(network(image()).log_assignments[-1], expected.log_assignments[-1], atol=1e-2)
+    assert not torch.allclose(network(images).log_assignments[-1], expected.log_assignments[-1], atol=1e-3)
 
 
 def test_layers_read_the_bottleneck_and_the_two_deepest_decoder_levels():
