@@ -325,7 +325,7 @@ def test_every_parameter_learns_with_a_single_sample():
     assert not silent
 
 
-@pytest.mark.parametrize("steps", [5, pytest.param(200, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("steps", [20, pytest.param(200, marks=pytest.mark.matrix)])
 def test_steps_in_half_precision_stay_finite(steps):
     """As nnU-Net trains on a GPU: its loss, the loss scaled, the gradient clipped."""
     torch.manual_seed(0)
@@ -351,7 +351,7 @@ def test_steps_in_half_precision_stay_finite(steps):
     assert np.isfinite(losses).all()
     assert all(torch.isfinite(p).all() for p in network.parameters())
     assert scaler.get_scale() >= 2**6  # at most 10 steps were left out: how many depends on the processor's rounding
-    assert steps < 200 or losses[-1] < losses[0] - 1  # Dice is negative
+    assert losses[-1] < losses[0] - 1  # Dice is negative
 
 
 @pytest.mark.matrix
