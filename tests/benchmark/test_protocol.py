@@ -22,7 +22,7 @@ def test_protocols_of_the_package_load_at_every_scale(name):
     assert {"cpu", "full"} <= set(scales)
     for scale in scales:
         loaded = Protocol.load(name, scale)
-        assert loaded.device == ("cpu" if scale in ("cpu", "long") else "cuda")
+        assert loaded.device == ("cpu" if scale in ("cpu", "short", "long") else "cuda")
         assert bool(loaded.folds) != bool(loaded.split)
 
 
