@@ -101,8 +101,7 @@ def find_pool(folder: Path, fold: Mapping[str, Iterable[str]], number: int | str
         raise UserError(
             f"Fold {number} has no unlabelled case: it lists none, and {own_folder} is empty or absent. For further "
             "images run nnUNetv2_selfreg preprocess_unlabeled, for a fold with few labels nnUNetv2_selfreg split; "
-            "copy-paste and the dual-task trainers also do without: with unlabeled_batch_size = 0, in a trainer of "
-            "your own."
+            "nnUNetTrainerLabeledCopyPaste needs neither."
         )
     return UnlabeledPool({case: file for case, file in files.items() if file is not None})
 

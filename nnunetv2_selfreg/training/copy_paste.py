@@ -90,7 +90,8 @@ class CopyPaste(WithTeacher):
         self._require(
             "unlabeled_batch_size",
             self.unlabeled_batch_size != 0,
-            "1 at least, or None, where a GPU has one labelled sample a step, which has no other to be mixed with",
+            "1 at least, or None, where a GPU has one labelled sample a step, which has no other to be mixed with. Or "
+            "raise the plan's batch_size",
         )
         if self.mixture_warm_up > 0:
             self.print_to_log_file("One labelled sample a step and GPU: until the warm-up ends it is mixed with itself")

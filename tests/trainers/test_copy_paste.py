@@ -1,4 +1,4 @@
-from contract import TWO_CELLS, TrainerContract, TrainerMatrix
+from contract import ONE_CELL, TWO_CELLS, TrainerContract, TrainerMatrix
 
 
 class _CopyPaste(TrainerMatrix):
@@ -9,6 +9,12 @@ class _CopyPaste(TrainerMatrix):
 class TestCopyPaste(_CopyPaste, TrainerContract):
     trainer = "nnUNetTrainerCopyPaste"
     chosen = TWO_CELLS
+
+
+class TestLabeledCopyPaste(_CopyPaste):
+    trainer = "nnUNetTrainerLabeledCopyPaste"
+    chosen = ONE_CELL
+    cascade_is_chosen = False
 
 
 class TestSelfRegCopyPaste(_CopyPaste):

@@ -100,7 +100,7 @@ def copied_weights(trainer, part: str) -> list[torch.Tensor]:
 TERMS = {
     "nnUNetTrainerSelfRegUAMeanTeacher": {"segmentation", "scr", "ifd", "consistency", "kept_voxels", "student_dice"},
     "nnUNetTrainerSelfRegCopyPaste": {"segmentation", "scr", "ifd", "labeled_part", "unlabeled_part", "student_dice"},
-    "nnUNetTrainerCopyPasteLabeled": {"segmentation", "labeled_part", "student_dice"},
+    "nnUNetTrainerLabeledCopyPaste": {"segmentation", "labeled_part", "student_dice"},
     "nnUNetTrainerDualTask": {"segmentation", "distance", "consistency"},
     "nnUNetTrainerSelfRegDualTaskMutual": {"segmentation", "scr", "ifd", "distance_dice", "consistency"},
     "nnUNetTrainerTinySelfRegSwinUNETR": {"segmentation", "scr", "ifd"},
