@@ -12,6 +12,7 @@ from pathlib import Path
 from nnunetv2_selfreg import __version__, discovery
 from nnunetv2_selfreg.benchmark.arguments import add_benchmark
 from nnunetv2_selfreg.errors import UserError, one_line
+from nnunetv2_selfreg.labeling.arguments import add_pseudo_label
 
 # What a subcommand needs beyond these is imported when it runs: `--help` does not wait for PyTorch.
 
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trainers.set_defaults(run=lambda _: show_trainers())
     _add_preprocess_unlabeled(commands)
     _add_split(commands)
+    add_pseudo_label(commands)
     add_benchmark(commands)
     parsed = parser.parse_args(arguments)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -75,6 +76,11 @@ def is_full(path: Path, error: Exception | None = None) -> bool:
         return False
     usage = shutil.disk_usage(existing_folder(path))
     return usage.total > 0 and usage.free < LITTLE_ROOM  # /proc has no size at all
+
+
+def sha256(file: Path) -> str:
+    """The hash of a file's content, in hexadecimal."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def existing_folder(path: Path) -> Path:

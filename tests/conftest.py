@@ -98,4 +98,4 @@ def cells(request, data_sets):
     from workspace import Commands, InProcess
 
     runner = Commands() if request.config.getoption("--commands") else InProcess()
-    return Cells(request.cls.trainer, data_sets, runner)
+    return Cells(request.cls.trainer, data_sets, runner, request.cls.prepare)

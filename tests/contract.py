@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,9 @@ NNUNET_KEYS = {"mean_fg_dice", "ema_fg_dice", "dice_per_class_or_region", "train
 class Cells:
     """The cells of a trainer, each run once: a short training, interrupted, resumed and validated."""
 
-    def __init__(self, trainer: str, data_sets, runner) -> None:
+    def __init__(self, trainer: str, data_sets, runner, prepare: Callable[[Run], object]) -> None:
         self.trainer = trainer
+        self.prepare = prepare
         self.data_sets = data_sets
         self.runner = runner
         self._done: set[Run] = set()
@@ -29,6 +31,7 @@ class Cells:
     def trained(self, variant: str, configuration: str, fold: int | str = 0) -> Run:
         run = Run(self.data_sets.name(variant), configuration, f"{self.trainer}_2epochs_2iters", fold)
         if run not in self._done:
+            self.prepare(run)
             self.runner.train_and_interrupt(run)
             self.runner.resume(run)
             self._done.add(run)
@@ -49,6 +52,10 @@ class TrainerMatrix:
     """The cells that run without --commands: fewer for a trainer that shares nearly all with one that runs them all."""
     cascade_is_chosen = True
     """Whether the cascade runs without --commands."""
+
+    @staticmethod
+    def prepare(run: Run) -> None:
+        """Makes what a training needs beside nnU-Net's files."""
 
     @pytest.mark.parametrize(("variant", "configuration"), CELLS)
     def test_trains_resumes_validates_and_predicts(self, variant, configuration, cells, tmp_path, only_if_chosen):
@@ -133,6 +140,7 @@ class TrainerContract(TrainerMatrix):
         only_if_chosen(self.tools_are_chosen)
         runner = Commands()
         run = Run(data_sets.name("labels"), "3d_fullres", f"{self.trainer}_2epochs_3iters")
+        self.prepare(run)
         runner.train_and_interrupt(run)
         runner.resume(run)
         self.check_training(run)
@@ -143,6 +151,7 @@ class TrainerContract(TrainerMatrix):
         self.check_prediction(tmp_path)
         weights = ["-pretrained_weights", str(run.folder / "checkpoint_final.pth")]
         whole = Run(run.data_set, run.configuration, f"{self.trainer}_1epochs_1iters", "all")
+        self.prepare(whole)
         command(
             "nnUNetv2_train", run.data_set, run.configuration, "all", "-tr", whole.trainer, "-device", "cpu", *weights
         )

@@ -19,8 +19,9 @@ ALLOWED = {
     "training": {"losses", "data", "networks", "tensors"},
     "trainers": {"training"},
     "analysis": {"training", "losses", "data", "networks", "tensors"},
+    "labeling": {"analysis", "data", "networks", "tensors"},
     "benchmark": {"analysis", "data", "networks", "tensors"},
-    "cli": {"benchmark", "analysis", "training", "data", "networks", "tensors"},
+    "cli": {"benchmark", "labeling", "analysis", "training", "data", "networks", "tensors"},
 }
 ALONE = {"tensors": {"torch"}, "losses": {"torch"}}
 """Rooms that use these packages only, besides the standard library and their own project."""

@@ -208,6 +208,28 @@ def initialised(cls, run: Run, change=lambda configurations: None, **attributes)
     return trainer
 
 
+def write_pseudo_labels(run: Run, teacher: str = "teacher", name: str = "") -> Path:
+    """Pseudo-labels of the run's pool, without a teacher: bright voxels are atrium, the brightest veins. Returns their
+    folder."""
+    from nnunetv2_selfreg.data.pseudo_labels import Description, folder_of, store_case
+    from nnunetv2_selfreg.data.unlabeled import recipe
+
+    trainer = Run(run.data_set, run.configuration, "nnUNetTrainerMeanTeacher", run.fold).build()
+    pool, planned = trainer.unlabeled_pool(), trainer.configuration_manager
+    folder = folder_of(Path(trainer.preprocessed_dataset_folder), run.fold, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    made_by = [{"trainer": teacher, "fold": run.fold, "checkpoint": teacher, "sha256": teacher}]
+    current = recipe(trainer.plans_manager, planned)
+    description = Description(made_by, current, trainer.dataset_json["labels"], "members")
+    for case in pool.identifiers:
+        image = pool.load_image(case)[0]
+        labels = np.digitize(image, np.quantile(image, (0.7, 0.95)))
+        store_case(folder, case, labels, trainer.label_manager, 0.1, description.made_by, planned.patch_size)
+    description.disagreement = dict.fromkeys(pool.identifiers, 0.1)
+    description.save(folder)
+    return folder
+
+
 class InProcess:
     """Training, resuming, validating and predicting through nnU-Net's Python interface."""
 

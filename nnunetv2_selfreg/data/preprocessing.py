@@ -21,17 +21,16 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import blosc2
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import save_json, write_pickle
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.paths import nnUNet_raw
-from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from tqdm import tqdm
 
 from nnunetv2_selfreg.data.datasets import labeled_cases, preprocessed_folder, read_json
 from nnunetv2_selfreg.data.images import BadImageError, check_image, check_nifti, list_cases, why_misnamed
+from nnunetv2_selfreg.data.storage import store_array
 from nnunetv2_selfreg.data.unlabeled import RECIPE_FILE, is_outdated, recipe
 from nnunetv2_selfreg.errors import FullDiskError, UserError
 from nnunetv2_selfreg.files import replacing
@@ -216,13 +215,9 @@ def check_size(shape: Sequence[int], configuration: ConfigurationManager) -> Non
 
 def store(image: np.ndarray, properties: dict, folder: Path, identifier: str, patch_size: Sequence[int]) -> None:
     """Writes a preprocessed case as nnU-Net does, without a segmentation; after a kill it is whole or `missing`."""
-    image = np.ascontiguousarray(image, dtype=np.float32)
-    blocks, chunks = comp_blosc2_params(image.shape, tuple(patch_size), image.itemsize)
-    compression = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
     pkl = folder / f"{identifier}.pkl"
     pkl.unlink(missing_ok=True)  # or an old one would vouch for the new image
-    with replacing(folder / f"{identifier}.b2nd") as part:
-        blosc2.asarray(image, urlpath=part, mode="w", chunks=chunks, blocks=blocks, cparams=compression)
+    store_array(image.astype(np.float32), folder / f"{identifier}.b2nd", patch_size)
     with replacing(pkl) as part:
         write_pickle(properties, part)
 

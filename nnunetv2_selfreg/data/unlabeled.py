@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_selfreg.data.datasets import read_json
 from nnunetv2_selfreg.data.splits import near_misses, some
+from nnunetv2_selfreg.data.storage import open_array
 from nnunetv2_selfreg.errors import UserError
 
 RECIPE_FILE = "preprocessing.json"
@@ -29,9 +29,7 @@ class UnlabeledPool:
         """The image of a case, `(C, *spatial)` in float32, not read before it is sliced where the format allows."""
         file = self._files[identifier]
         if file.suffix == ".b2nd":
-            # As nnU-Net opens it: one thread in each worker; its library cannot map files on Windows.
-            mapped = {"mmap_mode": "r"} if os.name != "nt" else {}
-            return blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": 1}, **mapped)
+            return open_array(file)
         if file.suffix == ".npy":
             return np.load(file, mmap_mode="r")
         with np.load(file) as packed:

@@ -140,7 +140,7 @@ class CopyPaste(WithTeacher):
         if self.warming_up:
             inward, outward = mix_all(first, second, masks), mix_all(second, first, masks)
         else:
-            other = [batch.strong, *self.pseudo_labels(batch.weak, batch.target)]
+            other = [batch.strong, *self.labels_of_unlabeled(batch)]
             inward, outward = mix_all(first, other, masks), mix_all(other, second, masks)
         images, *target = map(torch.cat, zip(inward, outward, strict=True))
         return Mixtures(images, target, torch.cat((~masks, masks)))
@@ -152,6 +152,10 @@ class CopyPaste(WithTeacher):
         index = torch.arange(count, device=labeled[0].device)
         first, second = ([values[(index + shift) % len(values)] for values in labeled] for shift in (0, 1))
         return first, second
+
+    def labels_of_unlabeled(self, batch: Batch) -> list[Tensor]:
+        """Labels of the batch's unlabelled samples, in the form and at the scales of its target: the teacher's."""
+        return self.pseudo_labels(batch.weak, batch.target)
 
     def pseudo_labels(self, weak: Tensor, target: Sequence[Tensor]) -> list[Tensor]:
         """The teacher's labels of the weak views `(U, C, *spatial)`, in the form and at the scales of `target`: labels

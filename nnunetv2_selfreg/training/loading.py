@@ -45,6 +45,17 @@ class TwoStreams(ReliableTraining):
         """The labelled stream, made of nnU-Net's loader of the training cases; runs in the worker processes."""
         return loader
 
+    def unlabeled_stream(self, samples: int, like: nnUNetDataLoader) -> nnUNetDataLoader:
+        """The other stream, of the fold's pool; its errors come before any worker starts.
+
+        Args:
+            samples: a step, of this process.
+            like: nnU-Net's loader of the training cases.
+        """
+        pool = self.unlabeled_pool()
+        self.print_to_log_file(f"{len(pool.identifiers)} unlabelled cases, {samples} samples of them a step")
+        return UnlabeledLoader(pool, samples, like)
+
     def unlabeled_pool(self) -> UnlabeledPool:
         """The images that this fold trains on without labels; errors as in :func:`find_pool`."""
         train, val = self.do_split()
@@ -63,17 +74,14 @@ class TwoStreams(ReliableTraining):
 
     def get_dataloaders(self):
         samples = self._unlabeled_of_this_rank()
-        pool = self.unlabeled_pool() if samples else None  # its errors come before any worker starts
         with _without_workers():  # they go around both streams, below
             train, val = super().get_dataloaders()
         labeled = self.labeled_stream(train.data_loader)
-        if pool is None:
+        if samples:
+            loaders = TwoStreamLoader(labeled, self.unlabeled_stream(samples, train.data_loader)), val.data_loader
+        else:
             self.print_to_log_file("No unlabelled samples: trained with labels alone")
             loaders = labeled, val.data_loader
-        else:
-            unlabeled = UnlabeledLoader(pool, samples, like=train.data_loader)
-            self.print_to_log_file(f"{len(pool.identifiers)} unlabelled cases, {samples} samples of them a step")
-            loaders = TwoStreamLoader(labeled, unlabeled), val.data_loader
         workers = get_allowed_n_proc_DA()
         half = max(1, workers // 2) if workers else 0
         augmenters = (

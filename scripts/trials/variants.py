@@ -294,6 +294,14 @@ TRIALS = {
     "nnUNetTrainerCopyPasteOneView": Trial(
         "nnUNetTrainerCopyPaste", "the teacher reads the strong view, as published", TeacherSeesStrongView
     ),
+    # docs/self-training.md
+    "nnUNetTrainerSelfTrainingPerfect": Trial(
+        "nnUNetTrainerSelfTraining", "a perfect teacher: the real labels", pseudo_label_set="perfect"
+    ),
+    "nnUNetTrainerSelfTrainingHalf": Trial("nnUNetTrainerSelfTraining", "weight 0.5", pseudo_weight=0.5),
+    "nnUNetTrainerSelfTrainingFromTeacher": Trial(
+        "nnUNetTrainerSelfTraining", "starts with the teacher's weights", start_from_teacher=True
+    ),
     # docs/networks.md
     "nnUNetTrainerUXNetNarrow": Trial("nnUNetTrainerUXNet", "UX-Net: AdamW, 5e-4 (the default)", **NARROW),
     "nnUNetTrainerUXNetNarrowFast": Trial("nnUNetTrainerUXNetNarrow", "UX-Net: AdamW, 2e-3", learning_rate=2e-3),

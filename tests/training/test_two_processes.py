@@ -12,9 +12,10 @@ import torch
 import torch.multiprocessing as mp
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from workspace import Run
+from workspace import Run, write_pseudo_labels
 
 from nnunetv2_selfreg.data.batch import Batch
+from nnunetv2_selfreg.tensors import as_list
 
 EPOCHS, ITERATIONS = 1, 2
 
@@ -66,7 +67,7 @@ def train_and_report(rank: int, folder: str, trainer) -> None:
     step = trainer.train_step
 
     def recorded(batch):
-        unlabeled.append(len(batch.get("data_weak", ())))
+        unlabeled.append(len(batch["data"]) - len(as_list(batch["target"])[0]))
         outputs.append(step(batch))
         return outputs[-1]
 
@@ -101,6 +102,7 @@ TERMS = {
     "nnUNetTrainerSelfRegUAMeanTeacher": {"segmentation", "scr", "ifd", "consistency", "kept_voxels", "student_dice"},
     "nnUNetTrainerSelfRegCopyPaste": {"segmentation", "scr", "ifd", "labeled_part", "unlabeled_part", "student_dice"},
     "nnUNetTrainerLabeledCopyPaste": {"segmentation", "labeled_part", "student_dice"},
+    "nnUNetTrainerSelfRegSelfTraining": {"segmentation", "scr", "ifd", "pseudo_segmentation"},
     "nnUNetTrainerDualTask": {"segmentation", "distance", "consistency"},
     "nnUNetTrainerSelfRegDualTaskMutual": {"segmentation", "scr", "ifd", "distance_dice", "consistency"},
     "nnUNetTrainerTinySelfRegSwinUNETR": {"segmentation", "scr", "ifd"},
@@ -129,6 +131,8 @@ def ranks(request, data_sets):
     labels = "ignore" if "KMax" in request.param else "regions_ignore"  # clusters are no regions
     configuration = "2d" if "Swin" in request.param else "3d_fullres"  # where its padding takes long
     run = Run(data_sets.name(labels), configuration, trainer)
+    if "SelfTraining" in request.param:
+        write_pseudo_labels(run)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("nnUNet_results", folder)
         in_two_processes(train, folder, run)
@@ -147,7 +151,9 @@ def test_ranks_see_different_batches_and_agree_on_the_weights(ranks):
 
 def test_unlabelled_samples_are_divided_among_the_ranks(ranks):
     results, _, terms = ranks
-    expected = [2, 1] if terms & {"consistency", "unlabeled_part", "query_consistency"} else [0, 0]
+    expected = (
+        [2, 1] if terms & {"consistency", "unlabeled_part", "query_consistency", "pseudo_segmentation"} else [0, 0]
+    )
     assert [result["unlabeled"] for result in results] == [[share] * ITERATIONS for share in expected]
 
 

@@ -1,0 +1,1 @@
+"""Labels of unlabelled scans, by trained models: `nnUNetv2_selfreg pseudo_label`."""

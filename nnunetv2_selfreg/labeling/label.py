@@ -1,0 +1,187 @@
+"""Labels a fold's unlabelled pool with trained models, whole volumes, and says on which cases they disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from torch import Tensor
+from tqdm import tqdm
+
+from nnunetv2_selfreg.data.datasets import labeled_cases, preprocessed_folder
+from nnunetv2_selfreg.data.preprocessing import prepare
+from nnunetv2_selfreg.data.pseudo_labels import Description, folder_of, left_out, read_case, store_case
+from nnunetv2_selfreg.data.splits import check_fold, folds_of
+from nnunetv2_selfreg.data.unlabeled import UnlabeledPool, find_pool, recipe
+from nnunetv2_selfreg.data.views import outside_of_body
+from nnunetv2_selfreg.errors import UnsupportedError, UserError
+from nnunetv2_selfreg.labeling.teachers import Opinions, check_teachers, find_teachers
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be labelled, for whom."""
+
+    folder: Path
+    """Where the pseudo-labels go."""
+    pool: UnlabeledPool
+    configuration: ConfigurationManager
+    manager: LabelManager
+    device: torch.device
+
+
+def pseudo_label(
+    dataset: str,
+    configuration: str,
+    models: Sequence[Path],
+    folds: Sequence[int | str],
+    plans_name: str = "nnUNetPlans",
+    checkpoint: str = "checkpoint_final.pth",
+    student: int | str | None = None,
+    drop: float = 0.1,
+    keep_empty: bool = False,
+    name: str = "",
+    overwrite: bool = False,
+    part: tuple[int, int] = (0, 1),
+    device: str = "cpu",
+) -> tuple[Job, Description]:
+    """Labels the pool of a fold; cases that these teachers have labelled are skipped.
+
+    Only images are opened, never a label of an unlabelled case. With parts, each labels its share, and the last one to
+    end knows all cases.
+
+    Args:
+        dataset: as given to nnU-Net's `-d`.
+        configuration: of teachers and student.
+        models: nnU-Net's model folders.
+        folds: of each model.
+        plans_name: as given to nnU-Net's `-p`.
+        checkpoint: its file's name.
+        student: the fold for which is labelled; None: the teacher's, if all have the same.
+        drop: the share of cases with the largest disagreement that is left out.
+        keep_empty: whether cases in which no foreground is found are kept.
+        name: of a further set for the same fold.
+        overwrite: whether the labels of other teachers are replaced.
+        part: which part of how many.
+        device: of the networks.
+
+    Returns:
+        What was labelled, and what `pseudo_labels.json` says now.
+
+    Raises:
+        UserError: before anything is written, what :func:`check_teachers` and :func:`find_pool` raise, and values that
+            cannot be; other teachers' labels are there.
+    """
+    if not 0 <= drop < 1:
+        raise UserError(f"--drop {drop} is no share of cases. Give one from 0 to less than 1, as 0.1.")
+    folder = preprocessed_folder(dataset)
+    prepared = prepare(folder, [configuration], plans_name)
+    planned = prepared.plans.get_configuration(configuration)
+    if planned.previous_stage_name is not None:
+        raise UnsupportedError(
+            f"-c {configuration} is the second stage of a cascade: unlabelled cases have no segmentation of the "
+            "previous one. Label with 3d_fullres or 3d_lowres."
+        )
+    teachers = find_teachers(models, folds, checkpoint)
+    student = _student(student, folds)
+    splits = [] if set(folds) | {student} == {"all"} else folds_of(folder)
+    cases = folder / planned.data_identifier
+    pool = _pool(folder, cases, splits, student, recipe(prepared.plans, planned))
+    check_teachers(teachers, prepared.plans, configuration, prepared.dataset_json, splits, student)
+    description = Description(
+        [teacher.describe() for teacher in teachers],
+        recipe(prepared.plans, planned),
+        prepared.dataset_json["labels"],
+        "members" if len(teachers) > 1 else "mirrored and plain prediction",
+        drop,
+        keep_empty,
+    )
+    manager = prepared.plans.get_label_manager(prepared.dataset_json)
+    job = Job(folder_of(cases, student, name), pool, planned, manager, torch.device(device))
+    _begin(job, description, overwrite)
+    left = [case for case in pool.identifiers if read_case(job.folder, case, description.made_by) is None]
+    if mine := left[part[0] :: part[1]]:
+        _label(job, Opinions(teachers, job.device), mine, description.made_by)
+    _finish(job, description)
+    return job, description
+
+
+def _student(student: int | str | None, folds: Sequence[int | str]) -> int | str:
+    if student is not None:
+        return student
+    if len(folds) > 1:
+        raise UserError(
+            "Teachers of several folds: say with --student which fold is trained with their labels. It is `all` unless "
+            "none of them saw what that fold validates on."
+        )
+    return folds[0]
+
+
+def _pool(folder: Path, cases: Path, splits: Sequence[dict], student: int | str, current: dict) -> UnlabeledPool:
+    labeled = labeled_cases(folder)
+    if student == "all":
+        return find_pool(cases, {"train": labeled, "val": []}, student, current)
+    check_fold(folder / "splits_final.json", student, labeled)
+    return find_pool(cases, splits[student], student, current)
+
+
+def _begin(job: Job, description: Description, overwrite: bool) -> None:
+    """Says whose labels are made, before the first."""
+    there = Description.read(job.folder)
+    if there is not None and there.made_by != description.made_by and not overwrite:
+        raise UserError(
+            f"{job.folder} has labels of other teachers: {there.teachers_named}. Replace them with --overwrite, or "
+            "keep both: give these a --name."
+        )
+    job.folder.mkdir(parents=True, exist_ok=True)
+    if there is None or there.made_by != description.made_by:
+        description.save(job.folder)
+
+
+def _label(job: Job, opinions: Opinions, cases: Iterable[str], made_by: list[str]) -> None:
+    masked = [channel for channel, is_masked in enumerate(job.configuration.use_mask_for_norm) if is_masked]
+    for case in tqdm(cases, desc="Labelling", unit="case"):
+        image = torch.from_numpy(np.asarray(job.pool.load_image(case)[:]))
+        labels, disagreement = judge(*opinions(image), job.manager)
+        if masked:  # as in nnU-Net's labels, of which its training masks the image
+            labels[outside_of_body(image[masked])[0].numpy() < 0] = -1
+        store_case(job.folder, case, labels, job.manager, disagreement, made_by, job.configuration.patch_size)
+
+
+def judge(together: Tensor, opinions: Sequence[Tensor], manager: LabelManager) -> tuple[np.ndarray, float | None]:
+    """Hard labels, and how much the opinions on them differ.
+
+        u = voxels where two opinions differ / voxels of foreground
+
+    Args:
+        together: logits `(K, *spatial)`, of which the labels are made.
+        opinions: logits of each.
+        manager: of the data set's labels.
+
+    Returns:
+        Labels `(*spatial)`, int16, and `u`; without foreground the denominator is 1, and None of a single opinion.
+    """
+    labels, *others = (_hard(logits, manager) for logits in (together, *opinions))
+    if len(others) == 1:
+        return labels, None
+    differ = np.any([others[0] != other for other in others[1:]], 0)
+    return labels, float(differ.sum() / max(1, (labels > 0).sum()))
+
+
+def _hard(logits: Tensor, manager: LabelManager) -> np.ndarray:
+    return np.asarray(manager.convert_logits_to_segmentation(logits)).astype(np.int16)
+
+
+def _finish(job: Job, description: Description) -> None:
+    """Notes what is labelled by now, and what of it is left out."""
+    said = {case: read_case(job.folder, case, description.made_by) for case in job.pool.identifiers}
+    done = {case: content for case, content in said.items() if content is not None}
+    description.disagreement = {case: content["disagreement"] for case, content in done.items()}
+    empty = [case for case, content in done.items() if content["empty"]]
+    description.dropped = left_out(description.disagreement, empty, description.drop, description.keep_empty)
+    description.save(job.folder)
