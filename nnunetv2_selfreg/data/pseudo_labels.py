@@ -26,6 +26,7 @@ from nnunetv2_selfreg.errors import UserError
 from nnunetv2_selfreg.files import replacing
 
 FILE = "pseudo_labels.json"
+OVERVIEW = "overview.png"
 REMEDY = "Delete that folder, and run nnUNetv2_selfreg pseudo_label again."
 EMPTY = "no foreground"
 WORST = "disagreement"

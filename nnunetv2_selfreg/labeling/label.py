@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from nnunetv2_selfreg.data.datasets import labeled_cases, preprocessed_folder
 from nnunetv2_selfreg.data.preprocessing import prepare
-from nnunetv2_selfreg.data.pseudo_labels import Description, folder_of, left_out, read_case, store_case
+from nnunetv2_selfreg.data.pseudo_labels import OVERVIEW, Description, folder_of, left_out, read_case, store_case
 from nnunetv2_selfreg.data.splits import check_fold, folds_of
 from nnunetv2_selfreg.data.unlabeled import UnlabeledPool, find_pool, recipe
 from nnunetv2_selfreg.data.views import outside_of_body
@@ -141,6 +141,7 @@ def _begin(job: Job, description: Description, overwrite: bool) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     if there is None or there.made_by != description.made_by:
         description.save(job.folder)
+        (job.folder / OVERVIEW).unlink(missing_ok=True)
 
 
 def _label(job: Job, opinions: Opinions, cases: Iterable[str], made_by: list[str]) -> None:

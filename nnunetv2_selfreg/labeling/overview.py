@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunetv2_selfreg.analysis.contours import Case, contour_figure
-from nnunetv2_selfreg.data.pseudo_labels import Description
+from nnunetv2_selfreg.data.pseudo_labels import OVERVIEW, Description
 from nnunetv2_selfreg.data.storage import open_array
 from nnunetv2_selfreg.labeling.label import Job
 
@@ -15,7 +15,7 @@ ROWS = 3  # of the most and of the least disputed cases
 
 
 def draw_overview(job: Job, description: Description) -> Path:
-    """Writes `overview.png` beside the labels: the cases with the largest disagreement, then those with the smallest.
+    """Writes a picture beside the labels: the cases with the largest disagreement, then those with the smallest.
 
     Returns:
         The file.
@@ -23,7 +23,7 @@ def draw_overview(job: Job, description: Description) -> Path:
     known = {case: value for case, value in description.disagreement.items() if value is not None}
     ranked = sorted(known or description.disagreement, key=lambda case: (-(known.get(case) or 0), case))
     shown = dict.fromkeys([*ranked[:ROWS], *ranked[-ROWS:]])
-    file = job.folder / "overview.png"
+    file = job.folder / OVERVIEW
     contour_figure([_drawn(job, description, case) for case in shown], file)
     return file
 

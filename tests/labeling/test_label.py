@@ -14,7 +14,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from workspace import Run
 
-from nnunetv2_selfreg.data.pseudo_labels import EMPTY, FILE, WORST
+from nnunetv2_selfreg.data.pseudo_labels import EMPTY, FILE, OVERVIEW, WORST
 from nnunetv2_selfreg.data.storage import open_array
 from nnunetv2_selfreg.errors import UnsupportedError, UserError
 from nnunetv2_selfreg.labeling import label
@@ -230,6 +230,8 @@ def test_labels_of_other_teachers_are_replaced_when_that_is_wanted(labelled, mod
     train(Run(job.folder.parents[1].name, "3d_fullres", "nnUNetTrainer_1epochs_2iters"))
     with pytest.raises(UserError, match=r"has labels of other teachers: nnUNetTrainer_1epochs_1iters \(fold 0\)"):
         labelled(models=[other])
+    (job.folder / OVERVIEW).touch()
+    before[OVERVIEW] = b""
     assert everything(job.folder) == before
     further, _ = labelled(models=[other], name="second")
     assert everything(job.folder) == before
