@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nnunetv2_selfreg.errors import FullDiskError
 
+EXTRA_STATE = "nnunetv2_selfreg"  # the key of our entries in nnU-Net's checkpoints
 LITTLE_ROOM = 2**24  # bytes, less than any checkpoint
 # What the system, nnU-Net's output and torch, which tells only that a write failed, say of it.
 FULL_DISK = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing", "unexpected pos")

@@ -209,8 +209,8 @@ def initialised(cls, run: Run, change=lambda configurations: None, **attributes)
 
 
 def write_pseudo_labels(run: Run, teacher: str = "teacher", name: str = "") -> Path:
-    """Pseudo-labels of the run's pool, without a teacher: bright voxels are atrium, the brightest veins. Returns their
-    folder."""
+    """Pseudo-labels of the run's pool, without a teacher and unlike the real ones: dark voxels are atrium, the darkest
+    veins. Returns their folder."""
     from nnunetv2_selfreg.data.pseudo_labels import Description, folder_of, store_case
     from nnunetv2_selfreg.data.unlabeled import recipe
 
@@ -220,11 +220,12 @@ def write_pseudo_labels(run: Run, teacher: str = "teacher", name: str = "") -> P
     folder.mkdir(parents=True, exist_ok=True)
     made_by = [{"trainer": teacher, "fold": run.fold, "checkpoint": teacher, "sha256": teacher}]
     current = recipe(trainer.plans_manager, planned)
-    description = Description(made_by, current, trainer.dataset_json["labels"], "members")
+    description = Description(run.fold, made_by, [], current, trainer.dataset_json["labels"], "members")
+    manager, maker = trainer.label_manager, (description.made_by, planned.patch_size)
     for case in pool.identifiers:
         image = pool.load_image(case)[0]
-        labels = np.digitize(image, np.quantile(image, (0.7, 0.95)))
-        store_case(folder, case, labels, trainer.label_manager, 0.1, description.made_by, planned.patch_size)
+        labels = np.digitize(-image, np.quantile(-image, (0.7, 0.95)))
+        store_case(folder, case, labels, manager, 0.1, maker[0], pool.fingerprint(case), maker[1])
     description.disagreement = dict.fromkeys(pool.identifiers, 0.1)
     description.save(folder)
     return folder

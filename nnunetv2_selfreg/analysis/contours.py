@@ -47,7 +47,7 @@ def contour_figure(cases: Sequence[Case], path: Path, slices: int = 3) -> None:
     names = dict.fromkeys(name for case in cases for name in case.label_maps)
     lines = [Line2D([], [], color=COLOURS[name], label=name) for name in names]
     figure.legend(handles=lines, loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path, dpi="figure")  # whatever the user's matplotlibrc says
+    figure.savefig(path, dpi="figure", format="png")  # whatever the user's matplotlibrc says
 
 
 def _slices_with_foreground(label_map: np.ndarray, count: int) -> list[int]:

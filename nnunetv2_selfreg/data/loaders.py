@@ -45,17 +45,23 @@ class PseudoLabeledLoader(nnUNetDataLoader):
     "pseudo_target", "keys"}`, the target at every scale."""
 
     def __init__(
-        self, cases: PseudoLabeledCases, batch_size: int, manager: LabelManager, like: nnUNetDataLoader
+        self,
+        cases: PseudoLabeledCases,
+        batch_size: int,
+        manager: LabelManager,
+        like: nnUNetDataLoader,
+        foreground_share: float,
     ) -> None:
-        """`like` is the labelled stream's loader: the same patch sizes, transforms and share of foreground."""
-        probabilistic = like.get_do_oversample.__func__ is nnUNetDataLoader._probabilistic_oversampling
+        """`like` is the labelled stream's loader: the same patch sizes and transforms. A sample is placed on foreground
+        with the probability `foreground_share`: nnU-Net's usual rule, so many of each batch, would place none of a
+        single one."""
         super().__init__(
             cases,
             batch_size,
             *patch_sizes(like),
             manager,
-            like.oversample_foreground_percent,
-            probabilistic_oversampling=probabilistic,
+            foreground_share,
+            probabilistic_oversampling=True,
             transforms=like.transforms,
         )
 

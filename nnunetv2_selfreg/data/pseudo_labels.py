@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from nnunetv2_selfreg.files import replacing
 FILE = "pseudo_labels.json"
 OVERVIEW = "overview.png"
 REMEDY = "Delete that folder, and run nnUNetv2_selfreg pseudo_label again."
+DAMAGED = (ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)  # what NumPy and blosc2 raise
 EMPTY = "no foreground"
 WORST = "disagreement"
 
@@ -47,8 +49,12 @@ def folder_of(cases: Path, fold: int | str, name: str = "") -> Path:
 class Description:
     """The content of `pseudo_labels.json`."""
 
+    fold: int | str
+    """The student's."""
     teachers: list[dict]
     """Each member's `trainer`, `fold`, `checkpoint` and its `sha256`."""
+    seen: list[str]
+    """The cases whose real labels the teachers have learned from, or their own teachers."""
     recipe: dict
     """How the images were preprocessed, see :func:`recipe`."""
     labels: dict
@@ -116,9 +122,21 @@ def store_case(
     manager: LabelManager,
     disagreement: float | None,
     made_by: list[str],
+    fingerprint: str,
     patch_size: Sequence[int],
 ) -> None:
-    """Writes the labels of a case `(*spatial)`; the .npz file, which vouches for the other one, is the last."""
+    """Writes the labels of a case `(*spatial)`; the .npz file, which vouches for the other one, is the last.
+
+    Args:
+        folder: of the pseudo-labels.
+        case: its identifier.
+        labels: -1 outside the body.
+        manager: of the data set's labels.
+        disagreement: None if it is unknown.
+        made_by: hashes of the teachers.
+        fingerprint: of the image, see :meth:`UnlabeledPool.fingerprint`.
+        patch_size: of the configuration.
+    """
     npz = folder / f"{case}.npz"
     npz.unlink(missing_ok=True)
     store_array(labels[None].astype(np.int16), folder / f"{case}.b2nd", patch_size)
@@ -128,6 +146,7 @@ def store_case(
         np.savez_compressed(
             file,
             made_by=np.array(made_by),
+            image=fingerprint,
             disagreement=said,
             empty=not (labels > 0).any(),
             **{str(key): np.asarray(voxels, np.int32).reshape(-1, 4) for key, voxels in locations.items()},
@@ -152,22 +171,23 @@ def location_keys(manager: LabelManager) -> list[int | tuple[int, ...]]:
     return [tuple(map(int, key)) if isinstance(key, (list, tuple)) else int(key) for key in keys]
 
 
-def read_case(folder: Path, case: str, made_by: list[str]) -> dict | None:
+def read_case(folder: Path, case: str, made_by: list[str], fingerprint: str) -> dict | None:
     """What a case's .npz file says beside the voxels, `disagreement` and `empty`; None if these teachers have not made
-    it, or it is damaged."""
+    it of this image, or a file of it cannot be opened."""
     file = folder / f"{case}.npz"
     if not file.is_file() or not file.with_suffix(".b2nd").is_file():
         return None
     try:
+        open_array(file.with_suffix(".b2nd"))
         with np.load(file) as content:
-            if content["made_by"].tolist() != made_by:
+            if content["made_by"].tolist() != made_by or str(content["image"]) != fingerprint:
                 return None
             disagreement = float(content["disagreement"])
             return {
                 "disagreement": None if np.isnan(disagreement) else disagreement,
                 "empty": bool(content["empty"]),
             }
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except DAMAGED:
         return None
 
 
@@ -177,23 +197,38 @@ class PseudoLabeledCases:
     Nothing of the real labels is opened: not the segmentation, nor nnU-Net's properties, which say where classes are.
     """
 
-    def __init__(self, pool: UnlabeledPool, folder: Path, cases: Sequence[str], manager: LabelManager) -> None:
-        """`folder` has labels of all `cases`, which are the pool's."""
+    def __init__(
+        self, pool: UnlabeledPool, folder: Path, cases: Sequence[str], manager: LabelManager, made_by: list[str]
+    ) -> None:
+        """`folder` has labels of all `cases`, which are the pool's, by these teachers."""
         self.identifiers = sorted(cases)
         self._pool = pool
         self._folder = folder
         self._keys = location_keys(manager)
+        self._made_by = made_by
 
     def load_case(self, case: str) -> tuple[np.ndarray | blosc2.NDArray, blosc2.NDArray, None, dict]:
-        """Image `(C, *spatial)`, labels `(1, *spatial)`, no previous stage, and the properties `class_locations`."""
+        """Image `(C, *spatial)`, labels `(1, *spatial)`, no previous stage, and the properties `class_locations`.
+
+        Raises:
+            UserError: another teacher has labelled it since the training began.
+        """
         with np.load(self._folder / f"{case}.npz") as content:
+            if content["made_by"].tolist() != self._made_by:
+                raise UserError(f"{self._folder} was labelled anew while a student learned from it. Train it again.")
             locations = {key: content[str(key)] for key in self._keys}
         labels = open_array(self._folder / f"{case}.b2nd")
         return self._pool.load_image(case), labels, None, {"class_locations": locations}
 
 
 def read_pseudo_labels(
-    folder: Path, pool: UnlabeledPool, manager: LabelManager, labels: dict, current: dict
+    folder: Path,
+    pool: UnlabeledPool,
+    manager: LabelManager,
+    labels: dict,
+    current: dict,
+    fold: int | str,
+    val: Sequence[str],
 ) -> tuple[Description, PseudoLabeledCases]:
     """The pseudo-labels of a pool, those that are not left out.
 
@@ -203,10 +238,12 @@ def read_pseudo_labels(
         manager: of the data set's labels.
         labels: as `dataset.json` has them.
         current: the :func:`recipe` of the configuration.
+        fold: the student's.
+        val: the cases that it is validated on; of fold `all`, none.
 
     Raises:
-        UserError: there are none, not of all of the pool's cases, of other labels or plans, or all are left out; or
-            the labels of a case have another size than its image.
+        UserError: there are none, not of all of the pool's cases as they are now, of other labels, plans or fold, by a
+            teacher that saw labels of `val`; or all are left out.
     """
     make = "Run nnUNetv2_selfreg pseudo_label"
     description = Description.read(folder)
@@ -215,15 +252,23 @@ def read_pseudo_labels(
     for what, then, now in (("labels", description.labels, labels), ("plans", description.recipe, current)):
         if then != now:
             raise UserError(f"{folder} was labelled when the data set had other {what}. {REMEDY}")
+    if description.fold != fold:
+        raise UserError(f"{folder} has labels for fold {description.fold}, not for {fold}. {make} -f {fold}.")
+    if seen := sorted({*description.seen} & {*val}):
+        raise UserError(
+            f"{folder}: its teacher, or the teacher's own, was trained with labels of {some(seen)}, on which fold "
+            f"{fold} is validated. Train a teacher on fold {fold} as it is now, and label again with it."
+        )
     missing = [
         case
         for case in pool.identifiers
-        if case not in description.disagreement or read_case(folder, case, description.made_by) is None
+        if case not in description.disagreement
+        or read_case(folder, case, description.made_by, pool.fingerprint(case)) is None
     ]
     if missing:
         raise UserError(
             f"{folder} has no pseudo-labels of {some(missing)}, of {len(pool.identifiers)} unlabelled cases: the pool "
-            f"has grown, or labelling was interrupted. {make} again as before, it labels what is missing."
+            f"has changed, or labelling was interrupted. {make} again as before, it labels what is missing."
         )
     cases = [case for case in pool.identifiers if case not in description.dropped]
     if not cases:
@@ -231,11 +276,4 @@ def read_pseudo_labels(
             f"{folder / FILE} leaves all {len(pool.identifiers)} cases out. {make} again with a smaller --drop or with "
             "--keep_empty, or train the teacher better."
         )
-    for case in cases:
-        image, label = pool.load_image(case).shape[1:], open_array(folder / f"{case}.b2nd").shape[1:]
-        if tuple(image) != tuple(label):
-            raise UserError(
-                f"The image of {case} has changed since it was labelled: it is {'x'.join(map(str, image))} voxels, its "
-                f"labels in {folder} are {'x'.join(map(str, label))}. {REMEDY}"
-            )
-    return description, PseudoLabeledCases(pool, folder, cases, manager)
+    return description, PseudoLabeledCases(pool, folder, cases, manager, description.made_by)

@@ -98,6 +98,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _tell(job, description, options: argparse.Namespace) -> None:
     from nnunetv2_selfreg.data.splits import some
+    from nnunetv2_selfreg.labeling.overview import draw_overview
 
     done, pool = len(description.disagreement), len(job.pool.identifiers)
     print(f"{done} of {pool} cases are labelled in {job.folder}.")
@@ -107,15 +108,19 @@ def _tell(job, description, options: argparse.Namespace) -> None:
     known = [value for value in description.disagreement.values() if value is not None]
     if known:
         print(f"Disagreement: median {statistics.median(known):.3f}, from {min(known):.3f} to {max(known):.3f}.")
-    else:
+    elif done:
         print("Disagreement: unknown, since there is one model and it does not mirror. None is left out for it.")
-    if options.overview:
-        from nnunetv2_selfreg.labeling.overview import draw_overview
-
+    if done and options.overview:
         print(draw_overview(job, description))
     if done < pool:
         print("The other cases are left: run the other parts, or this command again.")
-        return
-    student = options.f[0] if options.student is None else options.student
+    else:
+        print("Next:", _next_command(description, options))
+
+
+def _next_command(description, options: argparse.Namespace) -> str:
+    trainer = "nnUNetTrainerSelfTraining"
+    if options.name:
+        trainer = f"a trainer of yours with pseudo_label_set = {options.name!r}, see docs/self-training.md"
     plans = "" if options.p == "nnUNetPlans" else f" -p {shlex.quote(options.p)}"
-    print(f"Next: nnUNetv2_train {shlex.quote(options.d)} {options.c} {student} -tr nnUNetTrainerSelfTraining{plans}")
+    return f"nnUNetv2_train {shlex.quote(options.d)} {options.c} {description.fold}{plans} -tr {trainer}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor
@@ -15,12 +17,12 @@ from tqdm import tqdm
 
 from nnunetv2_selfreg.data.datasets import labeled_cases, preprocessed_folder
 from nnunetv2_selfreg.data.preprocessing import prepare
-from nnunetv2_selfreg.data.pseudo_labels import OVERVIEW, Description, folder_of, left_out, read_case, store_case
+from nnunetv2_selfreg.data.pseudo_labels import FILE, OVERVIEW, Description, folder_of, left_out, read_case, store_case
 from nnunetv2_selfreg.data.splits import check_fold, folds_of
 from nnunetv2_selfreg.data.unlabeled import UnlabeledPool, find_pool, recipe
 from nnunetv2_selfreg.data.views import outside_of_body
 from nnunetv2_selfreg.errors import UnsupportedError, UserError
-from nnunetv2_selfreg.labeling.teachers import Opinions, check_teachers, find_teachers
+from nnunetv2_selfreg.labeling.teachers import Opinions, check_teachers, find_teachers, labels_seen
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ def pseudo_label(
 ) -> tuple[Job, Description]:
     """Labels the pool of a fold; cases that these teachers have labelled are skipped.
 
-    Only images are opened, never a label of an unlabelled case. With parts, each labels its share, and the last one to
-    end knows all cases.
+    Only images are opened, never a label of an unlabelled case. With parts, each labels its share, and
+    `pseudo_labels.json` knows all cases when the last one has ended.
 
     Args:
         dataset: as given to nnU-Net's `-d`.
@@ -74,8 +76,8 @@ def pseudo_label(
         What was labelled, and what `pseudo_labels.json` says now.
 
     Raises:
-        UserError: before anything is written, what :func:`check_teachers` and :func:`find_pool` raise, and values that
-            cannot be; other teachers' labels are there.
+        UserError: before anything is written, what :func:`find_teachers`, :func:`check_teachers`, :func:`labels_seen`
+            and :func:`find_pool` raise, and values that cannot be; other teachers' labels are there.
     """
     if not 0 <= drop < 1:
         raise UserError(f"--drop {drop} is no share of cases. Give one from 0 to less than 1, as 0.1.")
@@ -87,14 +89,18 @@ def pseudo_label(
             f"-c {configuration} is the second stage of a cascade: unlabelled cases have no segmentation of the "
             "previous one. Label with 3d_fullres or 3d_lowres."
         )
+    if not re.fullmatch(r"[A-Za-z0-9-]*", name):
+        raise UserError(f"--name {name}: letters, digits and hyphens only, as it is part of a folder's name.")
     teachers = find_teachers(models, folds, checkpoint)
+    check_teachers(teachers, prepared.plans, configuration, prepared.dataset_json)
     student = _student(student, folds)
-    splits = [] if set(folds) | {student} == {"all"} else folds_of(folder)
+    splits, labeled = [] if {*folds, student} == {"all"} else folds_of(folder), labeled_cases(folder)
     cases = folder / planned.data_identifier
     pool = _pool(folder, cases, splits, student, recipe(prepared.plans, planned))
-    check_teachers(teachers, prepared.plans, configuration, prepared.dataset_json, splits, student)
     description = Description(
+        student,
         [teacher.describe() for teacher in teachers],
+        sorted(labels_seen(teachers, splits, labeled, student)),
         recipe(prepared.plans, planned),
         prepared.dataset_json["labels"],
         "members" if len(teachers) > 1 else "mirrored and plain prediction",
@@ -104,9 +110,9 @@ def pseudo_label(
     manager = prepared.plans.get_label_manager(prepared.dataset_json)
     job = Job(folder_of(cases, student, name), pool, planned, manager, torch.device(device))
     _begin(job, description, overwrite)
-    left = [case for case in pool.identifiers if read_case(job.folder, case, description.made_by) is None]
-    if mine := left[part[0] :: part[1]]:
-        _label(job, Opinions(teachers, job.device), mine, description.made_by)
+    mine = pool.identifiers[part[0] :: part[1]]  # of the whole pool: parts need not start together
+    if left := [case for case in mine if _done(job, case, description) is None]:
+        _label(job, Opinions(teachers, job.device), left, description.made_by)
     _finish(job, description)
     return job, description
 
@@ -130,15 +136,29 @@ def _pool(folder: Path, cases: Path, splits: Sequence[dict], student: int | str,
     return find_pool(cases, splits[student], student, current)
 
 
+def _done(job: Job, case: str, description: Description) -> dict | None:
+    return read_case(job.folder, case, description.made_by, job.pool.fingerprint(case))
+
+
 def _begin(job: Job, description: Description, overwrite: bool) -> None:
     """Says whose labels are made, before the first."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with _lock(job):
+        _begin_alone(job, description, overwrite)
+
+
+def _lock(job: Job) -> FileLock:
+    """For what is in `pseudo_labels.json`, which several parts write."""
+    return FileLock(job.folder / f"{FILE}.lock")
+
+
+def _begin_alone(job: Job, description: Description, overwrite: bool) -> None:
     there = Description.read(job.folder)
     if there is not None and there.made_by != description.made_by and not overwrite:
         raise UserError(
             f"{job.folder} has labels of other teachers: {there.teachers_named}. Replace them with --overwrite, or "
             "keep both: give these a --name."
         )
-    job.folder.mkdir(parents=True, exist_ok=True)
     if there is None or there.made_by != description.made_by:
         description.save(job.folder)
         (job.folder / OVERVIEW).unlink(missing_ok=True)
@@ -148,29 +168,36 @@ def _label(job: Job, opinions: Opinions, cases: Iterable[str], made_by: list[str
     masked = [channel for channel, is_masked in enumerate(job.configuration.use_mask_for_norm) if is_masked]
     for case in tqdm(cases, desc="Labelling", unit="case"):
         image = torch.from_numpy(np.asarray(job.pool.load_image(case)[:]))
-        labels, disagreement = judge(*opinions(image), job.manager)
-        if masked:  # as in nnU-Net's labels, of which its training masks the image
-            labels[outside_of_body(image[masked])[0].numpy() < 0] = -1
-        store_case(job.folder, case, labels, job.manager, disagreement, made_by, job.configuration.patch_size)
+        labels, disagreement = judge(opinions(image), opinions.members, job.manager)
+        if masked:  # of -1 in a label map nnU-Net's training masks the image; its preprocessing keeps foreground there
+            labels[(labels == 0) & (outside_of_body(image[masked])[0].numpy() < 0)] = -1
+        fingerprint, patch_size = job.pool.fingerprint(case), job.configuration.patch_size
+        store_case(job.folder, case, labels, job.manager, disagreement, made_by, fingerprint, patch_size)
 
 
-def judge(together: Tensor, opinions: Sequence[Tensor], manager: LabelManager) -> tuple[np.ndarray, float | None]:
+def judge(opinions: Iterable[Tensor], members: int, manager: LabelManager) -> tuple[np.ndarray, float | None]:
     """Hard labels, and how much the opinions on them differ.
 
         u = voxels where two opinions differ / voxels of foreground
 
     Args:
-        together: logits `(K, *spatial)`, of which the labels are made.
-        opinions: logits of each.
+        opinions: logits of each, `(K, *spatial)`; not more than one is kept, since whole volumes of many classes are
+            large.
+        members: the first so many of them make the labels, by their mean.
         manager: of the data set's labels.
 
     Returns:
         Labels `(*spatial)`, int16, and `u`; without foreground the denominator is 1, and None of a single opinion.
     """
-    labels, *others = (_hard(logits, manager) for logits in (together, *opinions))
-    if len(others) == 1:
+    total, hard = None, []
+    for logits in opinions:
+        hard.append(_hard(logits, manager))
+        if len(hard) <= members:
+            total = logits if total is None else total.add_(logits)
+    labels = hard[0].copy() if members == 1 else _hard(total / members, manager)
+    if len(hard) == 1:
         return labels, None
-    differ = np.any([others[0] != other for other in others[1:]], 0)
+    differ = np.any([hard[0] != other for other in hard[1:]], 0)
     return labels, float(differ.sum() / max(1, (labels > 0).sum()))
 
 
@@ -179,10 +206,13 @@ def _hard(logits: Tensor, manager: LabelManager) -> np.ndarray:
 
 
 def _finish(job: Job, description: Description) -> None:
-    """Notes what is labelled by now, and what of it is left out."""
-    said = {case: read_case(job.folder, case, description.made_by) for case in job.pool.identifiers}
-    done = {case: content for case, content in said.items() if content is not None}
-    description.disagreement = {case: content["disagreement"] for case, content in done.items()}
-    empty = [case for case, content in done.items() if content["empty"]]
-    description.dropped = left_out(description.disagreement, empty, description.drop, description.keep_empty)
-    description.save(job.folder)
+    """Notes what is labelled by now, by whatever part, and what of it is left out."""
+    with _lock(job):
+        said = {case: _done(job, case, description) for case in job.pool.identifiers}
+        done = {case: content for case, content in said.items() if content is not None}
+        description.disagreement = {case: content["disagreement"] for case, content in done.items()}
+        empty = [case for case, content in done.items() if content["empty"]]
+        description.dropped = left_out(description.disagreement, empty, description.drop, description.keep_empty)
+        if Description.read(job.folder) != description:
+            (job.folder / OVERVIEW).unlink(missing_ok=True)  # it shows what was left out before
+        description.save(job.folder)

@@ -9,6 +9,7 @@ import numpy as np
 from nnunetv2_selfreg.analysis.contours import Case, contour_figure
 from nnunetv2_selfreg.data.pseudo_labels import OVERVIEW, Description
 from nnunetv2_selfreg.data.storage import open_array
+from nnunetv2_selfreg.files import replacing
 from nnunetv2_selfreg.labeling.label import Job
 
 ROWS = 3  # of the most and of the least disputed cases
@@ -24,7 +25,8 @@ def draw_overview(job: Job, description: Description) -> Path:
     ranked = sorted(known or description.disagreement, key=lambda case: (-(known.get(case) or 0), case))
     shown = dict.fromkeys([*ranked[:ROWS], *ranked[-ROWS:]])
     file = job.folder / OVERVIEW
-    contour_figure([_drawn(job, description, case) for case in shown], file)
+    with replacing(file) as part:
+        contour_figure([_drawn(job, description, case) for case in shown], part)
     return file
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ from nnunetv2_selfreg.data.datasets import read_json
 from nnunetv2_selfreg.data.splits import some
 from nnunetv2_selfreg.data.unlabeled import recipe
 from nnunetv2_selfreg.errors import UserError
-from nnunetv2_selfreg.files import sha256
+from nnunetv2_selfreg.files import EXTRA_STATE, sha256
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Teacher:
     """A checkpoint of a trained model."""
 
     model: Path
-    """nnU-Net's model folder, `<trainer>__<plans>__<configuration>`."""
+    """nnU-Net's model folder, with `plans.json`, `dataset.json` and the folds."""
     fold: int | str
     checkpoint: str
 
@@ -37,14 +38,46 @@ class Teacher:
     def file(self) -> Path:
         return self.model / f"fold_{self.fold}" / self.checkpoint
 
+    @cached_property
+    def content(self) -> dict:
+        """The checkpoint; tensors are read when they are used."""
+        try:
+            return torch.load(self.file, map_location="cpu", weights_only=False, mmap=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+            raise UserError(f"{self.file} is damaged. Train that model again, or give another one.") from error
+
     @property
     def trainer(self) -> str:
-        return self.model.name.partition("__")[0]
+        return self.content["trainer_name"]
+
+    @property
+    def configuration(self) -> str:
+        return self.content["init_args"]["configuration"]
 
     @cached_property
     def sha256(self) -> str:
         """The checkpoint's hash."""
         return sha256(self.file)
+
+    def seen(self, folds: Sequence[dict], labeled: Sequence[str]) -> set[str]:
+        """The cases whose real labels it has learned from: those of its fold, and what a student's checkpoint says of
+        its own teachers.
+
+        Args:
+            folds: of `splits_final.json`.
+            labeled: all cases with labels.
+
+        Raises:
+            UserError: there is no such fold now.
+        """
+        own = {*self.content.get(EXTRA_STATE, {}).get("seen", ())}
+        if self.fold == "all":
+            return own | {*labeled}
+        if self.fold >= len(folds):
+            raise UserError(
+                f"splits_final.json has no fold {self.fold}, so what {self.file} was trained on is not known."
+            )
+        return own | {*folds[self.fold]["train"]}
 
     def describe(self) -> dict:
         """As `pseudo_labels.json` names it."""
@@ -60,18 +93,16 @@ def find_teachers(models: Sequence[Path], folds: Sequence[int | str], checkpoint
     """A teacher for each fold of each model.
 
     Raises:
-        UserError: a checkpoint is not there, the message names what there is; or one is given twice.
+        UserError: a checkpoint is not there, the message names what there is; a folder is none of a model's; or a
+            teacher is given twice.
     """
-    for model in models:
-        if model.name.count("__") != 2:
-            raise UserError(
-                f"{model} is no model folder of nnU-Net: name one as <trainer>__<plans>__<configuration>, in which the "
-                "folds are."
-            )
     teachers = [Teacher(model, fold, checkpoint) for model in models for fold in folds]
     for teacher in teachers:
         if not teacher.file.is_file():
             raise UserError(f"There is no trained model {teacher.file}. {_what_there_is(teacher)}")
+        for name in ("plans.json", "dataset.json"):
+            if not (teacher.model / name).is_file():
+                raise UserError(f"{teacher.model} has no {name}. Give the folder that nnU-Net's training has written.")
     if len({teacher.file.resolve() for teacher in teachers}) < len(teachers):
         raise UserError("A teacher is given twice. Name each model and fold once.")
     return teachers
@@ -102,30 +133,26 @@ def check_teachers(
     plans: PlansManager,
     configuration: str,
     dataset_json: dict,
-    folds: Sequence[dict],
-    student: int | str,
 ) -> None:
-    """Checks that teachers fit the preprocessed images, and know nothing of what the student is validated on.
+    """Checks that teachers can read the preprocessed images, and know the data set's labels.
 
     Args:
         teachers: with a checkpoint each.
         plans: with which the images were preprocessed.
         configuration: of the images.
         dataset_json: of the preprocessed data set.
-        folds: of `splits_final.json`.
-        student: its fold.
 
     Raises:
-        UserError: nnU-Net does not find a trainer, a teacher has other labels, channels, plans or another
-            configuration, or was trained with labels of the student's validation cases.
+        UserError: nnU-Net does not find a trainer, or a teacher has other labels, channels, plans or another
+            configuration.
     """
     discovery.require(dict.fromkeys(teacher.trainer for teacher in teachers))
     current = recipe(plans, plans.get_configuration(configuration))
-    held_out = set() if student == "all" else set(folds[student]["val"])
     for teacher in teachers:
         theirs, its_json = (read_json(teacher.model / name) for name in ("plans.json", "dataset.json"))
-        name = teacher.model.name.rpartition("__")[2]
-        if name not in theirs["configurations"] or recipe(*_planned(theirs, name)) != current:
+        manager = PlansManager(theirs)
+        known = teacher.configuration in manager.available_configurations
+        if not known or recipe(manager, manager.get_configuration(teacher.configuration)) != current:
             raise UserError(
                 f"{teacher.model} was trained on images of other plans or of another configuration than "
                 f"{configuration} of {plans.plans_name}. Give with -p and -c what it was trained with."
@@ -135,28 +162,31 @@ def check_teachers(
                 raise UserError(
                     f"{teacher.model} was trained with other {entry} than dataset.json has now. Train it again."
                 )
-        _check_held_out(teacher, folds, held_out, student)
 
 
-def _planned(plans: dict, configuration: str):
-    manager = PlansManager(plans)
-    return manager, manager.get_configuration(configuration)
+def labels_seen(
+    teachers: Sequence[Teacher], folds: Sequence[dict], labeled: Sequence[str], student: int | str
+) -> set[str]:
+    """The cases whose real labels the teachers have learned from.
 
+    Args:
+        teachers: of any folds.
+        folds: of `splits_final.json`.
+        labeled: all cases with labels.
+        student: the fold that is trained with their labels.
 
-def _check_held_out(teacher: Teacher, folds: Sequence[dict], held_out: set[str], student: int | str) -> None:
-    if not held_out:
-        return
-    if teacher.fold == "all":
-        seen = held_out
-    elif teacher.fold < len(folds):
-        seen = held_out & set(folds[teacher.fold]["train"])
-    else:
-        raise UserError(f"splits_final.json has no fold {teacher.fold}, so what {teacher.file} saw is not known.")
-    if seen:
-        raise UserError(
-            f"{teacher.file} was trained with labels of {some(sorted(seen))}, on which the student of fold {student} "
-            "is validated: its Dice would be too good. Take a teacher of the student's own fold."
-        )
+    Raises:
+        UserError: the student is validated on some of them.
+    """
+    held_out = set() if student == "all" else {*folds[student]["val"]}
+    seen = {teacher: teacher.seen(folds, labeled) for teacher in teachers}
+    for teacher, cases in seen.items():
+        if both := sorted(cases & held_out):
+            raise UserError(
+                f"{teacher.file} was trained with labels of {some(both)}, on which the student of fold {student} is "
+                "validated: its Dice would be too good. Take a teacher of the student's own fold."
+            )
+    return set().union(*seen.values())
 
 
 class Opinions:
@@ -172,22 +202,25 @@ class Opinions:
                 predictor.initialize_from_trained_model_folder(str(model), folds, checkpoint)
             self._predictors.append(predictor)
         self._one = len(teachers) == 1
-        self._mirrored = any(predictor.allowed_mirroring_axes for predictor in self._predictors)
 
-    def __call__(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits of all members together, and those of each opinion, `(K, *spatial)` in single precision.
+    def __call__(self, image: Tensor) -> Iterator[Tensor]:
+        """Logits of each opinion on an image `(C, *spatial)`, one after the other, `(K, *spatial)` in single precision.
 
-        The opinions are the members'. A single model has two: the mirrored prediction, which is its label, and the
-        plain one; or one, if it was trained without mirroring.
+        The opinions are the members'. A single model has two: the mirrored prediction, then the plain one; or one, if
+        it was trained without mirroring.
         """
-        opinions = [logits for predictor in self._predictors for logits in _of_members(predictor, image)]
-        together = torch.stack(opinions).mean(0)
-        if self._one and self._mirrored:
+        for predictor in self._predictors:
+            yield from _of_members(predictor, image)
+        if self._one and self._predictors[0].allowed_mirroring_axes:
             (predictor,) = self._predictors
             predictor.use_mirroring = False
-            opinions += _of_members(predictor, image)
+            yield from _of_members(predictor, image)
             predictor.use_mirroring = True
-        return together, opinions
+
+    @property
+    def members(self) -> int:
+        """How many of the opinions, the first ones, make the labels."""
+        return sum(len(predictor.list_of_parameters) for predictor in self._predictors)
 
 
 def _of_members(predictor: nnUNetPredictor, image: Tensor) -> Iterator[Tensor]:
@@ -195,5 +228,6 @@ def _of_members(predictor: nnUNetPredictor, image: Tensor) -> Iterator[Tensor]:
     members = predictor.list_of_parameters
     for member in members:
         predictor.list_of_parameters = [member]
-        yield predictor.predict_logits_from_preprocessed_data(image).float()
-    predictor.list_of_parameters = members
+        logits = predictor.predict_logits_from_preprocessed_data(image).float()
+        predictor.list_of_parameters = members
+        yield logits

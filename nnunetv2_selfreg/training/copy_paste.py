@@ -64,6 +64,7 @@ class CopyPaste(WithTeacher):
     ramp_up_length = 0.4
     passes_of_unlabeled = 2
     _needs_unlabeled = False
+    _dice_of_unlabeled = True
 
     def initialize(self) -> None:
         self._require_a_box()
@@ -182,18 +183,6 @@ class CopyPaste(WithTeacher):
         kept = [self.foreground.ignore_elsewhere(scale, at_size(part, scale.shape[2:])) for scale in target]
         inward, outward = zip(*(cut(values, len(part) // 2) for values in (output, kept)), strict=True)
         return self.apply_loss(self.partial_loss, *inward) + self.apply_loss(self.partial_loss, *outward)
-
-    def _unlabeled_of_this_rank(self) -> int:
-        samples = super()._unlabeled_of_this_rank()
-        if self.is_ddp and self.configuration_manager.batch_dice and self.unlabeled_batch_size:
-            # The Dice of the mixtures is summed over processes, sample by sample.
-            processes = dist.get_world_size()
-            self._require(
-                "unlabeled_batch_size",
-                self.unlabeled_batch_size % processes == 0,
-                f"divisible by the number of processes, {processes}, which share the Dice of a batch here",
-            )
-        return samples
 
 
 def enable_ignoring(loss: nn.Module, foreground: Foreground) -> None:

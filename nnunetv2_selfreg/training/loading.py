@@ -32,6 +32,7 @@ class TwoStreams(ReliableTraining):
     none, where the family can be trained with labels alone."""
 
     _needs_unlabeled = True
+    _dice_of_unlabeled = False  # whether nnU-Net's Dice is taken of these samples too, sample by sample over processes
 
     def initialize(self) -> None:
         if self.is_cascaded:
@@ -116,6 +117,12 @@ class TwoStreams(ReliableTraining):
         world = dist.get_world_size() if self.is_ddp else 1
         if self.unlabeled_batch_size < world:
             raise SettingError(f"unlabeled_batch_size is {self.unlabeled_batch_size}, fewer than the {world} processes")
+        if self._dice_of_unlabeled and self.configuration_manager.batch_dice:
+            self._require(
+                "unlabeled_batch_size",
+                self.unlabeled_batch_size % world == 0,
+                f"divisible by the number of processes, {world}, which share the Dice of a batch here",
+            )
         share, rest = divmod(self.unlabeled_batch_size, world)
         return share + (self.local_rank < rest)
 

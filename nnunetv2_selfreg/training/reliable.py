@@ -21,15 +21,13 @@ from torch import nn
 from nnunetv2_selfreg.data.foreground import Foreground
 from nnunetv2_selfreg.data.splits import check_fold
 from nnunetv2_selfreg.errors import DivergedError, FullDiskError, SettingError, UserError, one_line, show_alone
-from nnunetv2_selfreg.files import replacing, says_full_disk
+from nnunetv2_selfreg.files import EXTRA_STATE, replacing, says_full_disk
 from nnunetv2_selfreg.losses.terms import Terms
 from nnunetv2_selfreg.tensors import at_full_resolution
 from nnunetv2_selfreg.training.checks import check_labels, check_patch, check_preprocessed
 from nnunetv2_selfreg.training.progress import add_terms_panel
 
 _Trainer = nnUNetTrainer if TYPE_CHECKING else object  # a mixin: the composed class brings the trainer
-
-EXTRA_STATE = "nnunetv2_selfreg"  # the key of our entries in nnU-Net's checkpoints
 
 
 class ReliableTraining(_Trainer):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from torch import Tensor
+from torch import distributed as dist
 
 from nnunetv2_selfreg.data.batch import Batch
 from nnunetv2_selfreg.data.loaders import PseudoLabeledLoader
-from nnunetv2_selfreg.data.pseudo_labels import folder_of, read_pseudo_labels
+from nnunetv2_selfreg.data.pseudo_labels import Description, PseudoLabeledCases, folder_of, read_pseudo_labels
 from nnunetv2_selfreg.data.unlabeled import recipe
 from nnunetv2_selfreg.errors import UserError
 from nnunetv2_selfreg.files import sha256
@@ -21,12 +23,15 @@ from nnunetv2_selfreg.tensors import as_list
 from nnunetv2_selfreg.training.copy_paste import CopyPaste
 from nnunetv2_selfreg.training.semi_supervised import SemiSupervised
 
+LAST_ROUND = "checkpoint_last_round.pth"
+
 
 class PseudoLabeled(SemiSupervised):
     """The unlabelled samples have labels, which `nnUNetv2_selfreg pseudo_label` has made of whole volumes.
 
-    They are taken and augmented as nnU-Net does with labelled ones, foreground oversampling included. A batch has their
-    targets at every scale, `further["pseudo_target"]`, beside their images, `strong`. There are no weak views.
+    They are taken and augmented as nnU-Net does with labelled ones; as large a share of them is placed on foreground,
+    by chance. A batch has their targets at every scale, `further["pseudo_target"]`, beside their images, `strong`.
+    There are no weak views. A checkpoint knows the teachers, the cases, and whose labels the teachers saw.
     """
 
     pseudo_label_set: str = ""
@@ -34,31 +39,68 @@ class PseudoLabeled(SemiSupervised):
     start_from_teacher: bool = False
     """Whether the student starts with its teacher's weights; if there are several, with the first one's."""
 
-    _learned_from: list[str] = []  # noqa: RUF012 (nobody changes it): hashes of the teachers
+    _needs_unlabeled = True
+    _dice_of_unlabeled = True
+    _learned_from: dict[str, list[str]] = MappingProxyType({"teachers": [], "cases": [], "seen": []})
+
+    def _set_batch_size_and_oversample(self) -> None:
+        share, batch_size = self.oversample_foreground_percent, self.configuration_manager.batch_size
+        placed = batch_size - round(batch_size * (1 - share))  # as nnU-Net rounds it, of all processes' samples
+        self._foreground_share = share if self.probabilistic_oversampling else placed / batch_size
+        super()._set_batch_size_and_oversample()
 
     def unlabeled_stream(self, samples: int, like: nnUNetDataLoader) -> nnUNetDataLoader:
-        pool = self.unlabeled_pool()
-        folder, labels = self.pseudo_labels_folder, self.dataset_json["labels"]
-        current = recipe(self.plans_manager, self.configuration_manager)
-        description, cases = read_pseudo_labels(folder, pool, self.label_manager, labels, current)
-        if self._learned_from not in ([], description.made_by):
-            raise UserError(
-                f"This training has learned from other labels than those that are in {folder} now, of "
-                f"{description.teachers_named}. Begin a new one, without --c."
-            )
-        self._learned_from = description.made_by
+        description, cases = self._read_pseudo_labels()
+        self._refuse_other_teachers(description)
+        self._learned_from = {"teachers": description.made_by, "cases": cases.identifiers, "seen": description.seen}
         self.print_to_log_file(
-            f"{len(cases.identifiers)} of {len(pool.identifiers)} unlabelled cases with labels of "
-            f"{description.teachers_named}, from {folder}, {samples} samples of them a step"
+            f"{len(cases.identifiers)} unlabelled cases with labels of {description.teachers_named}, from "
+            f"{self.pseudo_labels_folder}, {samples} samples of them a step; {len(description.dropped)} are left out"
         )
-        if self.start_from_teacher and self.current_epoch == 0:  # a resumed training has its own weights
-            self._start_from(description.teachers[0])
-        return PseudoLabeledLoader(cases, samples, self.label_manager, like)
+        return PseudoLabeledLoader(cases, samples, self.label_manager, like, self._foreground_share)
+
+    def _read_pseudo_labels(self) -> tuple[Description, PseudoLabeledCases]:
+        pool, folder, labels = self.unlabeled_pool(), self.pseudo_labels_folder, self.dataset_json["labels"]
+        current = recipe(self.plans_manager, self.configuration_manager)
+        val = [] if self.fold == "all" else self.do_split()[1]
+        return read_pseudo_labels(folder, pool, self.label_manager, labels, current, self.fold, val)
+
+    def _refuse_other_teachers(self, description: Description) -> None:
+        """A resumed training goes on with the labels that it began with; other cases of these are told."""
+        before = self._learned_from
+        if before["teachers"] not in ([], description.made_by):
+            raise UserError(
+                f"This training has learned from other labels than those that are in {self.pseudo_labels_folder} now, "
+                f"of {description.teachers_named}. Begin a new one, without --c."
+            )
+        now = [case for case in description.disagreement if case not in description.dropped]
+        if before["cases"] not in ([], now):
+            self.print_to_log_file("Other pseudo-labelled cases are left out now than when this training began")
 
     @property
     def pseudo_labels_folder(self) -> Path:
         """Where the fold's pseudo-labels are."""
         return folder_of(Path(self.preprocessed_dataset_folder), self.fold, self.pseudo_label_set)
+
+    def on_train_start(self) -> None:
+        if self.start_from_teacher and self.current_epoch == 0:  # a resumed training has its own weights
+            if not self.was_initialized:
+                self.initialize()
+            description, _ = self._read_pseudo_labels()
+            self._start_from(description.teachers[0])
+        super().on_train_start()
+        self._set_last_round_aside()
+
+    def _set_last_round_aside(self) -> None:
+        """nnU-Net's --c prefers a final checkpoint to a later one of an unfinished training. So that of the round
+        before, which is the teacher of this one, gets another name."""
+        if self.is_ddp:
+            dist.barrier()  # each process has read it
+        file = Path(self.output_folder) / "checkpoint_final.pth"
+        replaced = self.current_epoch == 0 and not self.disable_checkpointing
+        if replaced and self.local_rank == 0 and file.is_file():
+            file.replace(file.with_name(LAST_ROUND))
+            self.print_to_log_file(f"{file.name} of an earlier training here is now {LAST_ROUND}")
 
     def _start_from(self, teacher: dict) -> None:
         """Loads the weights of the checkpoint that labelled.
@@ -76,11 +118,11 @@ class PseudoLabeled(SemiSupervised):
             raise UserError(f"{file} has another network than {type(self).__name__}. {remedy}") from error
 
     def extra_state(self) -> dict:
-        return {**super().extra_state(), "pseudo_labels_of": self._learned_from}
+        return {**super().extra_state(), **self._learned_from}
 
     def load_extra_state(self, state: dict) -> None:
         super().load_extra_state(state)
-        self._learned_from = state["pseudo_labels_of"]
+        self._learned_from = {name: state[name] for name in self._learned_from}
 
 
 class SelfTraining(PseudoLabeled):
@@ -113,6 +155,10 @@ class SelfTraining(PseudoLabeled):
 
 class PseudoLabeledCopyPaste(PseudoLabeled, CopyPaste):
     """Bidirectional copy-paste whose unlabelled parts have pseudo-labels of whole volumes, not the average's."""
+
+    def initialize(self) -> None:
+        self._require("largest_component", not self.largest_component, "False: pseudo-labels are what they are")
+        super().initialize()
 
     def labels_of_unlabeled(self, batch: Batch) -> list[Tensor]:
         return pseudo_target(batch)

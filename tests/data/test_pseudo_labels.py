@@ -25,7 +25,7 @@ from nnunetv2_selfreg.data.pseudo_labels import (
     read_pseudo_labels,
     store_case,
 )
-from nnunetv2_selfreg.data.storage import open_array, store_array
+from nnunetv2_selfreg.data.storage import open_array
 from nnunetv2_selfreg.data.unlabeled import recipe
 from nnunetv2_selfreg.errors import UserError
 
@@ -79,6 +79,8 @@ def read(trainer, folder: Path, **changed):
         "manager": trainer.label_manager,
         "labels": trainer.dataset_json["labels"],
         "current": recipe(trainer.plans_manager, trainer.configuration_manager),
+        "fold": 0,
+        "val": trainer.do_split()[1],
     }
     return read_pseudo_labels(folder, **{**what, **changed})
 
@@ -88,38 +90,41 @@ LABELS[1, 2:4, 3] = 2
 
 
 def test_case_is_read_as_it_was_stored(trainer, tmp_path):
-    store_case(tmp_path, "a", LABELS, trainer.label_manager, 0.25, ["x", "y"], (4, 4, 4))
-    store_case(tmp_path, "b", 0 * LABELS, trainer.label_manager, None, ["x", "y"], (4, 4, 4))
-    assert read_case(tmp_path, "a", ["x", "y"]) == {"disagreement": 0.25, "empty": False}
-    assert read_case(tmp_path, "b", ["x", "y"]) == {"disagreement": None, "empty": True}
+    store_case(tmp_path, "a", LABELS, trainer.label_manager, 0.25, ["x", "y"], "image", (4, 4, 4))
+    store_case(tmp_path, "b", 0 * LABELS, trainer.label_manager, None, ["x", "y"], "image", (4, 4, 4))
+    assert read_case(tmp_path, "a", ["x", "y"], "image") == {"disagreement": 0.25, "empty": False}
+    assert read_case(tmp_path, "b", ["x", "y"], "image") == {"disagreement": None, "empty": True}
     np.testing.assert_array_equal(open_array(tmp_path / "a.b2nd")[0], LABELS)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.b2nd", "a.npz", "b.b2nd", "b.npz"]
 
 
 def test_case_of_other_teachers_or_half_a_case_counts_as_missing(trainer, tmp_path):
     def stored() -> dict | None:
-        store_case(tmp_path, "a", LABELS, trainer.label_manager, 0.25, ["x"], (4, 4, 4))
-        return read_case(tmp_path, "a", ["x"])
+        store_case(tmp_path, "a", LABELS, trainer.label_manager, 0.25, ["x"], "image", (4, 4, 4))
+        return read_case(tmp_path, "a", ["x"], "image")
 
     assert stored() is not None
-    assert read_case(tmp_path, "a", ["x", "y"]) is None
+    assert read_case(tmp_path, "a", ["x", "y"], "image") is None
+    assert read_case(tmp_path, "a", ["x"], "another image") is None
     (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:60])
-    assert read_case(tmp_path, "a", ["x"]) is None
+    assert read_case(tmp_path, "a", ["x"], "image") is None
     assert stored() is not None
+    (tmp_path / "a.b2nd").write_bytes(b"damaged")
+    assert read_case(tmp_path, "a", ["x"], "image") is None
     (tmp_path / "a.b2nd").unlink()
-    assert read_case(tmp_path, "a", ["x"]) is None
+    assert read_case(tmp_path, "a", ["x"], "image") is None
 
 
 def test_kill_between_the_files_of_a_case_leaves_it_missing(trainer, tmp_path, monkeypatch):
-    store_case(tmp_path, "a", LABELS, trainer.label_manager, 0.25, ["x"], (4, 4, 4))
+    store_case(tmp_path, "a", LABELS, trainer.label_manager, 0.25, ["x"], "image", (4, 4, 4))
 
     def killed(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(np, "savez_compressed", killed)
     with pytest.raises(KeyboardInterrupt):
-        store_case(tmp_path, "a", LABELS + 1, trainer.label_manager, 0.5, ["x"], (4, 4, 4))
-    assert read_case(tmp_path, "a", ["x"]) is None  # the new labels with the old disagreement would be neither
+        store_case(tmp_path, "a", LABELS + 1, trainer.label_manager, 0.5, ["x"], "image", (4, 4, 4))
+    assert read_case(tmp_path, "a", ["x"], "image") is None  # the new labels with the old disagreement would be neither
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -139,11 +144,11 @@ def test_loaded_case_has_image_labels_and_class_locations(variant, data_sets):
     run = Run(data_sets.name(variant), "3d_fullres", "nnUNetTrainerMeanTeacher")
     folder, trainer = write_pseudo_labels(run), run.build()
     pool = trainer.unlabeled_pool()
-    cases = PseudoLabeledCases(pool, folder, pool.identifiers, trainer.label_manager)
+    cases = PseudoLabeledCases(pool, folder, pool.identifiers, trainer.label_manager, ["teacher"])
     for case in cases.identifiers:
         image, labels, previous, properties = cases.load_case(case)
         np.testing.assert_array_equal(image[:], pool.load_image(case)[:])
-        assert labels.shape == (1, *image.shape[1:])
+        np.testing.assert_array_equal(labels[0], np.digitize(-image[0], np.quantile(-image[0], (0.7, 0.95))))
         assert previous is None
         for key, voxels in properties["class_locations"].items():
             at = labels[:][tuple(np.asarray(voxels).T)]
@@ -198,10 +203,34 @@ def test_missing_and_damaged_descriptions_are_errors(trainer, written):
         read(trainer, written)
 
 
-def test_image_of_another_size_than_when_it_was_labelled_is_an_error(trainer, written):
-    store_array(np.zeros((1, 3, 4, 5), np.int16), written / "phantom_003.b2nd", (3, 4, 5))
-    with pytest.raises(UserError, match=r"image of phantom_003 has changed since it was labelled: .* are 3x4x5"):
+def test_scan_that_has_changed_since_it_was_labelled_is_an_error(trainer, written):
+    pool = trainer.unlabeled_pool()
+    load = pool.load_image
+    pool.load_image = lambda case: load(case)[:, ::-1] if case == "phantom_003" else load(case)
+    with pytest.raises(UserError, match=r"has no pseudo-labels of phantom_003, of 2 unlabelled cases: the pool has"):
+        read(trainer, written, pool=pool)
+
+
+def test_labels_of_another_fold_are_an_error(trainer, written):
+    with pytest.raises(UserError, match=r"has labels for fold 0, not for 5. Run nnUNetv2_selfreg pseudo_label -f 5"):
+        read(trainer, written, fold=5)
+
+
+def test_labels_of_a_teacher_that_saw_a_validation_case_are_an_error(trainer, written):
+    """As where the fold was redefined since."""
+    description = Description.read(written)
+    description.seen = trainer.do_split()[1][:1]
+    description.save(written)
+    with pytest.raises(UserError, match=r"was trained with labels of phantom_004, on which fold 0 is validated"):
         read(trainer, written)
+
+
+def test_training_ends_when_its_labels_are_replaced(trainer, written, data_sets):
+    _, cases = read(trainer, written)
+    cases.load_case("phantom_003")
+    write_pseudo_labels(Run(data_sets.name("labels"), "3d_fullres", "nnUNetTrainerSelfTraining"), teacher="another")
+    with pytest.raises(UserError, match="was labelled anew while a student learned from it"):
+        cases.load_case("phantom_003")
 
 
 def test_folder_is_of_configuration_fold_and_name(tmp_path):

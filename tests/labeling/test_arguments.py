@@ -1,6 +1,9 @@
 """`nnUNetv2_selfreg pseudo_label` as it is typed."""
 
+import os
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 from workspace import Run
@@ -13,7 +16,10 @@ NAME = "nnUNetTrainer_1epochs_2iters"
 @pytest.fixture
 def run(data_sets, tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
-    return Run(data_sets.name("labels"), "2d", NAME)
+    run = Run(data_sets.name("labels"), "2d", NAME)
+    yield run
+    for made in Path(os.environ["nnUNet_preprocessed"], run.data_set).glob("*_pseudo_labels"):
+        shutil.rmtree(made)
 
 
 def words(run: Run, *further: str) -> list[str]:
@@ -32,6 +38,22 @@ def test_labels_then_tells_how_to_train(run, capsys):
     assert "overview.png" in printed
     assert printed.endswith("Next: nnUNetv2_train 901 2d 0 -tr nnUNetTrainerSelfTraining\n")
     assert "Inspecting module" not in printed
+
+
+def test_other_set_needs_a_trainer_that_reads_it(run, capsys):
+    run.build().run_training()
+    assert cli.main(words(run, "--name", "second", "--keep_empty")) == 0
+    assert "-tr a trainer of yours with pseudo_label_set = 'second'" in capsys.readouterr().out
+
+
+def test_part_without_a_share_tells_nothing_of_disagreement(run, capsys):
+    run.build().run_training()
+    capsys.readouterr()
+    assert cli.main(words(run, "--overview", "-num_parts", "3", "-part_id", "2", "--name", "third")) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("0 of 2 cases are labelled")
+    assert "Disagreement" not in printed
+    assert printed.endswith("The other cases are left: run the other parts, or this command again.\n")
 
 
 WRONG = [

@@ -1,6 +1,8 @@
 """Labelling a pool: what the labels are, what is never opened, interruptions, parts, other teachers."""
 
+import errno
 import json
+import multiprocessing
 import os
 import shutil
 from dataclasses import replace
@@ -11,13 +13,16 @@ import pytest
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetNumpy
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from workspace import Run
 
-from nnunetv2_selfreg.data.pseudo_labels import EMPTY, FILE, OVERVIEW, WORST
+from nnunetv2_selfreg.data.pseudo_labels import EMPTY, FILE, OVERVIEW, WORST, Description
 from nnunetv2_selfreg.data.storage import open_array
-from nnunetv2_selfreg.errors import UnsupportedError, UserError
-from nnunetv2_selfreg.labeling import label
+from nnunetv2_selfreg.data.unlabeled import UnlabeledPool
+from nnunetv2_selfreg.errors import FullDiskError, UnsupportedError, UserError
+from nnunetv2_selfreg.files import naming_a_full_disk
+from nnunetv2_selfreg.labeling import label, overview
 from nnunetv2_selfreg.labeling.label import judge, pseudo_label
 from nnunetv2_selfreg.labeling.overview import draw_overview
 
@@ -129,13 +134,17 @@ def logits_of(labels: list[int], classes: int = 3) -> torch.Tensor:
 
 def test_disagreement_by_hand(data_sets):
     manager = Run(data_sets.name("labels"), "3d_fullres", "nnUNetTrainer").build().label_manager
-    together, a, b = logits_of([0, 1, 1, 2, 2]), logits_of([0, 1, 1, 2, 2]), logits_of([1, 1, 2, 2, 2])
-    labels, disagreement = judge(together, [a, b], manager)
-    assert labels.ravel().tolist() == [0, 1, 1, 2, 2]
-    assert disagreement == 2 / 4
-    assert judge(together, [a, b, logits_of([0, 0, 0, 0, 0])], manager)[1] == 5 / 4
-    assert judge(logits_of([0, 0]), [logits_of([0, 0]), logits_of([0, 1])], manager)[1] == 1.0
-    assert judge(together, [a], manager)[1] is None
+    a, b = [0, 1, 1, 2, 2], [1, 1, 2, 2, 2]
+
+    def judged(*opinions, members=1):
+        labels, disagreement = judge(map(logits_of, opinions), members, manager)
+        return labels.ravel().tolist(), disagreement
+
+    assert judged(a, b) == (a, 2 / 4)  # of the first, since it is the only member
+    assert judged(a, b, b, members=3) == (b, 2 / 5)
+    assert judged(a, a, [0] * 5, members=3) == (a, 4 / 4)
+    assert judged([0, 0], [0, 1]) == ([0, 0], 1.0)
+    assert judged(a) == (a, None)
 
 
 def test_real_labels_are_never_opened(labelled, preprocessed):
@@ -192,14 +201,96 @@ def test_interrupted_labelling_goes_on_where_it_was(labelled, monkeypatch):
     assert everything(job.folder) == expected
 
 
-def test_parts_make_what_one_process_makes(labelled):
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_parts_make_what_one_process_makes(order, labelled):
     job, _ = labelled()
     expected = everything(job.folder)
     shutil.rmtree(job.folder)
-    job, description = labelled(part=(1, 2))
-    assert [*description.disagreement] == POOL[1:]
-    labelled(part=(0, 2))
+    first, second = order
+    job, description = labelled(part=(first, 2))
+    assert [*description.disagreement] == [POOL[first]]
+    labelled(part=(second, 2))
     assert everything(job.folder) == expected
+
+
+def label_part(part: int, results: str, options: dict) -> None:
+    os.environ["nnUNet_results"] = results
+    pseudo_label(**options, part=(part, 2))
+
+
+def test_parts_may_run_at_once(labelled, preprocessed, model):
+    job, description = labelled()
+    expected = [labels_of(job, case) for case in POOL]
+    shutil.rmtree(job.folder)
+    options = {"dataset": preprocessed.name, "configuration": "3d_fullres", "models": [model], "folds": [0]}
+    options = {**options, "drop": 0.0, "keep_empty": True}
+    context = multiprocessing.get_context("forkserver")
+    parts = [context.Process(target=label_part, args=(part, str(model.parents[1]), options)) for part in (0, 1)]
+    for process in parts:
+        process.start()
+    for process in parts:
+        process.join()
+    assert [process.exitcode for process in parts] == [0, 0]
+    assert Description.read(job.folder) == description
+    np.testing.assert_array_equal([labels_of(job, case) for case in POOL], expected)
+
+
+def test_part_without_a_share_says_what_is_left(labelled):
+    job, description = labelled(part=(2, 3))
+    assert description.disagreement == {}
+    assert (job.folder / FILE).is_file()
+
+
+def test_full_disk_is_named_and_what_is_labelled_is_kept(labelled, monkeypatch):
+    store = label.store_case
+
+    def full(folder, case, *rest):
+        if case == POOL[1]:
+            with naming_a_full_disk(folder / case):
+                raise OSError(errno.ENOSPC, "No space left on device")
+        store(folder, case, *rest)
+
+    monkeypatch.setattr(label, "store_case", full)
+    with pytest.raises(FullDiskError, match="phantom_006 could not be written: No space left on device"):
+        labelled()
+    monkeypatch.setattr(label, "store_case", store)
+    done = []
+    monkeypatch.setattr(label, "store_case", lambda *what: done.append(what[1]) or store(*what))
+    labelled()
+    assert done == POOL[1:]
+
+
+def test_scan_that_has_changed_is_labelled_again(labelled, monkeypatch):
+    job, _ = labelled()
+    before = labels_of(job, POOL[1])
+    load = UnlabeledPool.load_image
+
+    def mirrored(pool, case):
+        return np.ascontiguousarray(load(pool, case)[:][:, ::-1]) if case == POOL[1] else load(pool, case)
+
+    monkeypatch.setattr(UnlabeledPool, "load_image", mirrored)
+    done, store = [], label.store_case
+    monkeypatch.setattr(label, "store_case", lambda *what: done.append(what[1]) or store(*what))
+    job, _ = labelled()
+    assert done == POOL[1:]
+    assert (labels_of(job, POOL[1]) != before).any()
+
+
+def test_images_of_an_older_format_are_labelled_alike(labelled, preprocessed):
+    job, _ = labelled()
+    expected = labels_of(job, POOL[0])
+    shutil.rmtree(job.folder)
+    cases = preprocessed / "nnUNetPlans_3d_fullres"
+    image = cases / f"{POOL[0]}.b2nd"
+    nnUNetDatasetNumpy.save_case(open_array(image)[:], np.zeros((1, 1, 1, 1)), {}, str(cases / "packed"))
+    hidden = image.rename(image.with_suffix(".hidden"))
+    packed = (cases / "packed.npz").rename(cases / f"{POOL[0]}.npz")
+    (cases / "packed.pkl").unlink()
+    try:
+        np.testing.assert_array_equal(labels_of(labelled()[0], POOL[0]), expected)
+    finally:
+        packed.unlink()
+        hidden.rename(image)
 
 
 def test_another_share_is_left_out_without_labelling_again(labelled, monkeypatch):
@@ -214,8 +305,8 @@ def test_another_share_is_left_out_without_labelling_again(labelled, monkeypatch
 
 
 def test_case_without_foreground_is_left_out_unless_kept(labelled, monkeypatch):
-    def nothing_found(together, opinions, manager):
-        return 0 * judge(together, opinions, manager)[0], 0.0
+    def nothing_found(*what):
+        return 0 * judge(*what)[0], 0.0
 
     monkeypatch.setattr(label, "judge", nothing_found)
     assert labelled(keep_empty=False)[1].dropped == dict.fromkeys(POOL, EMPTY)
@@ -251,16 +342,18 @@ def test_outside_of_the_body_labels_are_those_of_nnunet(labelled, preprocessed, 
     image = np.zeros((1, 8, 8, 8), np.float32)
     image[:, 2:6, 2:6, 2:6] = 1
     job.pool.load_image = lambda _: image
+    expected = np.full((8, 8, 8), -1)
+    expected[2:6, 2:6, 2:6] = 0
+    expected[3:7, 3:5, 3:5] = 1  # also outside, where nnU-Net's preprocessing keeps foreground
 
-    def opinions(_):
-        logits = torch.zeros(3, 8, 8, 8)
-        logits[1, 3:5, 3:5, 3:5] = 1
-        return logits, [logits, logits]
+    class Foreseen:
+        members = 1
 
-    label._label(job, opinions, ["a"], ["x"])
-    stored = labels_of(job, "a")
-    assert (stored == -1).sum() == 8**3 - 4**3
-    assert (stored == 1).sum() == 2**3
+        def __call__(self, _):
+            return iter([logits_of([1, 0])[:, 0, 0, torch.from_numpy((expected < 1) * 1)]])
+
+    label._label(job, Foreseen(), ["a"], ["x"])
+    np.testing.assert_array_equal(labels_of(job, "a"), expected)
 
 
 def test_cascade_is_refused(labelled, preprocessed):
@@ -277,6 +370,7 @@ def test_cascade_is_refused(labelled, preprocessed):
         ({"folds": [0, 1]}, "Teachers of several folds: say with --student"),
         ({"student": 7}, "There is no fold 7: .*splits_final.json has 0 to 1"),
         ({"plans_name": "other"}, "other.json does not exist"),
+        ({"name": "../mine"}, r"--name ../mine: letters, digits and hyphens only"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_written(changed, message, labelled, preprocessed):
@@ -299,8 +393,28 @@ def test_fold_without_a_pool_is_an_error(labelled, preprocessed):
         (preprocessed / "elsewhere").rename(own)
 
 
-def test_overview_is_a_picture_of_the_most_and_the_least_disputed_cases(labelled):
-    job, description = labelled()
+def test_overview_is_a_picture_of_the_most_and_the_least_disputed_cases(labelled, monkeypatch):
+    job, description = labelled(drop=0.5)
     file = draw_overview(job, description)
     assert file == job.folder / "overview.png"
     assert file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    drawn = []
+    monkeypatch.setattr(overview, "ROWS", 1)
+    monkeypatch.setattr(overview, "contour_figure", lambda cases, _: drawn.extend(cases))
+    draw_overview(job, description)
+    worst, best = sorted(POOL, key=lambda case: -description.disagreement[case])
+    for case, shown in zip((worst, best), drawn, strict=True):
+        assert shown.title.startswith(f"{case}: disagreement {description.disagreement[case]:.3f}")
+        assert shown.title.endswith("left out: disagreement") == (case == worst)
+        assert shown.reference is None
+        np.testing.assert_array_equal(shown.prediction, labels_of(job, case))
+        np.testing.assert_array_equal(shown.image, job.pool.load_image(case)[0])
+
+
+def test_overview_goes_when_other_cases_are_left_out(labelled):
+    job, description = labelled()
+    file = draw_overview(job, description)
+    labelled()
+    assert file.is_file()
+    labelled(drop=0.5)
+    assert not file.is_file()

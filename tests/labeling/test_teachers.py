@@ -1,6 +1,5 @@
 """Which trained models may label, and why others may not."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -11,9 +10,10 @@ from batchgenerators.utilities.file_and_folder_operations import load_json, save
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from workspace import Run
 
+from nnunetv2_selfreg.data.datasets import labeled_cases
 from nnunetv2_selfreg.data.splits import read_splits
 from nnunetv2_selfreg.errors import UserError
-from nnunetv2_selfreg.labeling.teachers import Opinions, Teacher, check_teachers, find_teachers
+from nnunetv2_selfreg.labeling.teachers import Opinions, Teacher, check_teachers, find_teachers, labels_seen
 
 NAME = "nnUNetTrainer_1epochs_1iters"
 
@@ -26,11 +26,15 @@ def run(data_sets, tmp_path, monkeypatch):
     return run
 
 
-def check(run: Run, teacher: Teacher, student: int | str = 0, folds: list | None = None) -> None:
+def check(run: Run, teacher: Teacher) -> None:
     folder = Path(os.environ["nnUNet_preprocessed"]) / run.data_set
     plans = PlansManager(str(folder / "nnUNetPlans.json"))
-    folds = read_splits(folder / "splits_final.json") if folds is None else folds
-    check_teachers([teacher], plans, run.configuration, load_json(str(folder / "dataset.json")), folds, student)
+    check_teachers([teacher], plans, run.configuration, load_json(str(folder / "dataset.json")))
+
+
+def seen_by(run: Run, teacher: Teacher, student: int | str = 0) -> set[str]:
+    folder = Path(os.environ["nnUNet_preprocessed"]) / run.data_set
+    return labels_seen([teacher], read_splits(folder / "splits_final.json"), labeled_cases(folder), student)
 
 
 def found(run: Run, **changed) -> Teacher:
@@ -52,7 +56,6 @@ def test_teacher_of_the_students_own_fold_may_label(run):
         ({"folds": [1]}, r"There is no trained model .*fold_1.*has fold_0. Give one of these with -f, or train this"),
         ({"checkpoint": "mine.pth"}, r"Its folder has checkpoint_.*: finish the training with --c, or name one"),
         ({"models": [Path("nowhere/a__b__c")]}, "nowhere has none. Train it first, or name another one with -tr"),
-        ({"models": [Path("nowhere")]}, "nowhere is no model folder of nnU-Net: name one as <trainer>__<plans>"),
         ({"folds": [0, 0]}, "A teacher is given twice"),
     ],
 )
@@ -66,17 +69,40 @@ def test_another_trainer_that_is_there_is_named(run):
         found(run, models=[run.model_folder.with_name("nnUNetTrainerUXNet__nnUNetPlans__3d_fullres")])
 
 
+def test_folder_without_plans_is_no_model(run):
+    (run.model_folder / "plans.json").unlink()
+    with pytest.raises(UserError, match=r"has no plans.json. Give the folder that nnU-Net's training has written"):
+        found(run)
+
+
+def test_damaged_checkpoint_is_named(run):
+    file = run.folder / "checkpoint_final.pth"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"checkpoint_final.pth is damaged. Train that model again"):
+        check(run, found(run))
+
+
 def test_teacher_that_saw_labels_of_the_students_validation_cases_is_refused(run):
     """Each fold's validation cases are among the other one's training cases, and among fold all's."""
+    own = {"phantom_000", "phantom_001", "phantom_002"}
+    assert seen_by(run, found(run)) == own
     with pytest.raises(UserError, match=r"trained with labels of phantom_\d+.*, on which the student of fold 1 is"):
-        check(run, found(run), student=1)
+        seen_by(run, found(run), student=1)
     shutil.copytree(run.folder, run.model_folder / "fold_all")
     with pytest.raises(UserError, match=r"fold_all.* was trained with labels of .*student of fold 0"):
-        check(run, found(run, folds=["all"]))
-    check(run, found(run), student="all")  # which has no held-out case
+        seen_by(run, found(run, folds=["all"]))
+    assert seen_by(run, found(run), student="all") == own  # which has no held-out case
     shutil.copytree(run.folder, run.model_folder / "fold_9")
-    with pytest.raises(UserError, match=r"has no fold 9, so what .* saw is not known"):
-        check(run, found(run, folds=[9]))
+    with pytest.raises(UserError, match=r"has no fold 9, so what .* was trained on is not known"):
+        seen_by(run, found(run, folds=[9]))
+
+
+def test_students_checkpoint_tells_what_its_teacher_saw(run):
+    """So that labels do not come back to the validation through two rounds."""
+    file = run.folder / "checkpoint_final.pth"
+    torch.save({**run.load(), "nnunetv2_selfreg": {"seen": ["phantom_004"]}}, file)
+    with pytest.raises(UserError, match=r"was trained with labels of phantom_004, on which the student of fold 0 is"):
+        seen_by(run, found(run))
 
 
 @pytest.mark.parametrize(
@@ -107,27 +133,34 @@ def test_teacher_of_another_configuration_is_refused(run, data_sets):
 
 
 def test_trainer_that_nnunet_does_not_find_is_named(run):
-    renamed = run.model_folder.with_name("nnUNetTrainerOfMine__nnUNetPlans__3d_fullres")
-    run.model_folder.rename(renamed)
+    torch.save({**run.load(), "trainer_name": "nnUNetTrainerOfMine"}, run.folder / "checkpoint_final.pth")
     with pytest.raises(UserError, match="-tr nnUNetTrainerOfMine: "):
-        check(run, found(run, models=[renamed]))
+        check(run, found(run))
+
+
+def test_model_folder_may_have_any_name(run):
+    renamed = run.model_folder.rename(run.model_folder.with_name("best"))
+    teacher = found(run, models=[renamed])
+    check(run, teacher)
+    assert teacher.describe()["trainer"] == NAME
+
+
+IMAGE = torch.randn(1, 16, 24, 24, generator=torch.Generator().manual_seed(0))
 
 
 def test_model_that_does_not_mirror_has_one_opinion(run):
     checkpoint = run.load()
     torch.save({**checkpoint, "inference_allowed_mirroring_axes": None}, run.folder / "checkpoint_final.pth")
-    image = torch.randn(1, 16, 24, 24, generator=torch.Generator().manual_seed(0))
-    together, opinions = Opinions([found(run)], torch.device("cpu"))(image)
-    assert len(opinions) == 1
-    torch.testing.assert_close(opinions[0], together)
+    assert len([*Opinions([found(run)], torch.device("cpu"))(IMAGE)]) == 1
 
 
-def test_models_of_several_folders_are_members(run):
-    other = run.model_folder.with_name("nnUNetTrainer_2epochs_1iters__nnUNetPlans__3d_fullres")
-    shutil.copytree(run.model_folder, other)
-    teachers = find_teachers([run.model_folder, other], [0], "checkpoint_final.pth")
-    image = torch.randn(1, 16, 24, 24, generator=torch.Generator().manual_seed(0))
-    together, (first, second) = Opinions(teachers, torch.device("cpu"))(image)
-    torch.testing.assert_close(first, second)
-    torch.testing.assert_close(together, first)
-    assert json.dumps([teacher.describe() for teacher in teachers])
+def test_models_of_several_folders_are_members_each_with_its_own_opinion(run):
+    other = Run(run.data_set, run.configuration, "nnUNetTrainer_2epochs_1iters")
+    other.build().run_training()
+    teachers = find_teachers([run.model_folder, other.model_folder], [0], "checkpoint_final.pth")
+    opinions = Opinions(teachers, torch.device("cpu"))
+    together = [*opinions(IMAGE)]
+    alone = [next(Opinions([teacher], torch.device("cpu"))(IMAGE)) for teacher in teachers]
+    assert opinions.members == len(together) == 2
+    torch.testing.assert_close(together, alone)
+    assert not torch.equal(*together)
