@@ -11,6 +11,9 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
+from label_efficiency import draw as draw_label_efficiency
+from label_efficiency import overall_dice
+from label_efficiency import table as label_efficiency
 from trials.variants import TRIALS
 
 from nnunetv2_selfreg.benchmark.report import (
@@ -23,12 +26,15 @@ from nnunetv2_selfreg.benchmark.report import (
     with_interval,
     with_spread,
 )
-from nnunetv2_selfreg.benchmark.statistics import STOCK, costs_of, difference_rows, middle, read_runs, summary
+from nnunetv2_selfreg.benchmark.statistics import STOCK, costs_of, difference_rows, middle, read_runs
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 MEAN_TEACHER = "nnUNetTrainerMeanTeacher"
 SELFREG = "nnUNetTrainerSelfReg"
 COPY_PASTE = "nnUNetTrainerCopyPaste"
+
+
+SELF_TRAINING_ENDINGS = ("Half", "FromTeacher", "Second", "Perfect")
 
 
 def titles_of(prefix: str, *endings: str) -> dict[str, str]:
@@ -60,6 +66,17 @@ COPY_PASTE_TRIALS = {
     **titles_of(COPY_PASTE, "NoWarmUp", "LongWarmUp", "LabeledOnly", "Unmixed", "NoRamp"),
     **titles_of(COPY_PASTE, "NoTeacher", "Largest", "OneView"),
 }
+SELF_TRAINING = "nnUNetTrainerSelfTraining"
+SELF_TRAINING_TRIALS = {
+    STOCK: "stock nnU-Net",
+    **titles_of(STOCK, "Triple"),
+    "nnUNetTrainerLabeledCopyPaste": "labelled mixtures",
+    COPY_PASTE: "copy-paste: the teacher",
+    SELF_TRAINING: "self-training, the default",
+    "nnUNetTrainerSelfTrainingCopyPaste": "self-training with copy-paste",
+    **titles_of(SELF_TRAINING, *SELF_TRAINING_ENDINGS),
+}
+SELF_TRAINING_PAIR = SELF_TRAINING, "nnUNetTrainerLabeledCopyPaste"
 NETWORKS = {
     STOCK: "stock nnU-Net",
     **titles_of(STOCK, "AdamW"),
@@ -95,11 +112,6 @@ def filled(text: str, tables: dict[str, str]) -> str:
 def page(name: str) -> str:
     """A page of the docs as it should be."""
     return filled((DOCS / name).read_text(), {place: table() for place, table in PAGES[name].items()})
-
-
-def overall_dice(cases: pd.DataFrame) -> pd.DataFrame:
-    """By trainer: of the mean of the classes, or of the only one."""
-    return summary(cases)["dice"].groupby("trainer").tail(1).droplevel("class")
 
 
 def of_protocol(name: str) -> str:
@@ -224,6 +236,10 @@ PAGES = {
         "trials on the left atrium": partial(of_trials, "left-atrium-8-cpu", COPY_PASTE_TRIALS, COPY_PASTE_PAIR),
         "trials": partial(of_trials, "hippocampus-2d-20-cpu", COPY_PASTE_TRIALS, COPY_PASTE_PAIR),
     },
+    "self-training.md": {
+        "label efficiency": label_efficiency,
+        "trials": partial(of_trials, "hippocampus-2d-4-short", SELF_TRAINING_TRIALS, SELF_TRAINING_PAIR),
+    },
     "networks.md": {
         "trials": partial(of_trials, "hippocampus-cpu", NETWORKS),
         "costs": partial(of_costs, "hippocampus-cpu", NETWORKS),
@@ -237,6 +253,7 @@ PAGES = {
 def main() -> None:
     for name in PAGES:
         (DOCS / name).write_text(page(name))
+    draw_label_efficiency(DOCS / "images" / "label-efficiency.png")
 
 
 if __name__ == "__main__":

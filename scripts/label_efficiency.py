@@ -45,23 +45,24 @@ TRAINERS = {
 def curve_of(protocols: dict[int, str]) -> pd.DataFrame:
     """Dice in percent by trainer and number of labelled scans: `mean`, `std` and `count` of the repetitions of the mean
     over cases and classes. Protocols that were not run are left out."""
-    tables = {}
-    for labeled, name in protocols.items():
-        folder = DOCS / "results" / name
-        if folder.is_dir():
-            dice = summary(read_runs(folder)[0])["dice"]
-            tables[labeled] = dice.groupby("trainer").tail(1).droplevel("class")  # the mean, or the only class
+    folders = {labeled: DOCS / "results" / name for labeled, name in protocols.items()}
+    tables = {labeled: overall_dice(read_runs(folder)[0]) for labeled, folder in folders.items() if folder.is_dir()}
     curve = pd.concat(tables, names=["labeled"]).swaplevel()
     return curve[curve.index.get_level_values("trainer").isin([*TRAINERS])]
+
+
+def overall_dice(cases: pd.DataFrame) -> pd.DataFrame:
+    """By trainer: of the mean of the classes, or of the only one."""
+    return summary(cases)["dice"].groupby("trainer").tail(1).droplevel("class")
 
 
 def draw(file: Path) -> None:
     """A panel for each data set, a line for each trainer, bars of a standard deviation over repetitions."""
     figure = Figure(figsize=(9.5, 4), layout="constrained")
-    for axes, (title, protocols) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
+    for axes, (title, protocols) in zip(figure.subplots(1, len(CURVES), squeeze=False)[0], CURVES.items(), strict=True):
         _draw_panel(axes, curve_of(protocols), title, [*protocols])
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    handles = {name: line for axes in figure.axes for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(file, dpi=130)
 
 
@@ -71,6 +72,7 @@ def _draw_panel(axes: Axes, curve: pd.DataFrame, title: str, ticks: list[int]) -
             line = curve.loc[trainer].sort_index()
             axes.errorbar(line.index, line["mean"], line["std"], color=color, marker="o", capsize=3, label=name)
     axes.set(title=title, xscale="log", xlabel="labelled scans", ylabel="Dice, %", xticks=ticks, xticklabels=ticks)
+    axes.set_xlim(ticks[0] / 1.3, ticks[-1] * 1.3)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.spines[["top", "right"]].set_visible(False)
 

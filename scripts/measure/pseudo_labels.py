@@ -9,19 +9,18 @@ With the second one, a student whose `pseudo_label_set` is "perfect" says what t
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from scipy.stats import spearmanr
 
 from nnunetv2_selfreg.data.datasets import preprocessed_folder, read_json
 from nnunetv2_selfreg.data.pseudo_labels import Description, folder_of, store_case
 from nnunetv2_selfreg.data.splits import folds_of
 from nnunetv2_selfreg.data.storage import open_array
-from nnunetv2_selfreg.data.unlabeled import recipe
+from nnunetv2_selfreg.data.unlabeled import UnlabeledPool, recipe
 from nnunetv2_selfreg.errors import UserError
 
 PERFECT = {"trainer": "reference", "fold": "all", "checkpoint": "", "sha256": "reference"}
@@ -39,37 +38,34 @@ def measure(cases: Path, folder: Path) -> None:
     description = Description.read(folder)
     if description is None:
         raise UserError(f"There are no pseudo-labels in {folder}.")
-    rows = []
-    for case, disagreement in description.disagreement.items():
-        value = dice(open_array(folder / f"{case}.b2nd")[0], open_array(cases / f"{case}_seg.b2nd")[0])
-        rows.append((value, disagreement, case in description.dropped))
-        print(f"{case:30s} Dice {100 * value:5.1f}  disagreement {disagreement}  {description.dropped.get(case, '')}")
-    for name, chosen in (
-        ("all", rows),
-        ("kept", [r for r in rows if not r[2]]),
-        ("left out", [r for r in rows if r[2]]),
-    ):
-        if chosen:
-            print(f"{name}: {len(chosen)} cases, Dice {100 * statistics.mean(row[0] for row in chosen):.2f}")
-    if all(row[1] is not None for row in rows):
-        print(f"Spearman's rank correlation of Dice and disagreement: {correlation(rows):.2f}")
+    table = pd.DataFrame({"disagreement": description.disagreement})
+    table["Dice, %"] = [
+        100 * dice(open_array(folder / f"{case}.b2nd")[0], open_array(cases / f"{case}_seg.b2nd")[0])
+        for case in table.index
+    ]
+    table["left out"] = [description.dropped.get(case, "") for case in table.index]
+    print(table.to_string())
+    is_out = table["left out"] != ""
+    for name, part in (("all", table), ("kept", table[~is_out]), ("left out", table[is_out])):
+        print(f"{name}: {len(part)} cases, Dice {part['Dice, %'].mean():.2f}")
+    correlation = table[["disagreement", "Dice, %"]].astype(float).corr("spearman").iloc[0, 1]
+    print(f"Spearman's rank correlation of Dice and disagreement: {correlation:.2f}")
 
 
-def correlation(rows: list[tuple]) -> float:
-    """Spearman's, of Dice and disagreement."""
-    values, disagreements, _ = zip(*rows, strict=True)
-    return spearmanr(values, disagreements)[0]
-
-
-def write_perfect(cases: Path, folder: Path, unlabeled: list[str], plans: PlansManager, configuration: str) -> None:
-    """Writes the real labels of the unlabelled cases as pseudo-labels."""
+def write_perfect(cases: Path, fold: int, unlabeled: list[str], plans: PlansManager, configuration: str) -> None:
+    """Writes the real labels of the fold's listed unlabelled cases as pseudo-labels. (Those of `preprocess_unlabeled`
+    have none.)"""
+    folder = folder_of(cases, fold, "perfect")
     dataset_json = read_json(cases.parent / "dataset.json")
     planned, manager = plans.get_configuration(configuration), plans.get_label_manager(dataset_json)
     folder.mkdir(parents=True, exist_ok=True)
-    description = Description([PERFECT], recipe(plans, planned), dataset_json["labels"], "nothing")
+    current, labels = recipe(plans, planned), dataset_json["labels"]
+    description = Description(fold, [PERFECT], [], current, labels, "nothing")
+    pool = UnlabeledPool({case: cases / f"{case}.b2nd" for case in unlabeled})
     for case in unlabeled:
-        labels = open_array(cases / f"{case}_seg.b2nd")[0]
-        store_case(folder, case, labels, manager, None, description.made_by, planned.patch_size)
+        real = open_array(cases / f"{case}_seg.b2nd")[0]
+        image = pool.fingerprint(case)
+        store_case(folder, case, real, manager, None, description.made_by, image, planned.patch_size)
     description.disagreement = dict.fromkeys(unlabeled)
     description.save(folder)
     print(f"{len(unlabeled)} cases in {folder}")
@@ -91,7 +87,7 @@ def main() -> int:
         measure(cases, folder_of(cases, options.f, options.name))
     else:
         unlabeled = folds_of(folder)[options.f]["unlabeled"]
-        write_perfect(cases, folder_of(cases, options.f, "perfect"), unlabeled, plans, options.c)
+        write_perfect(cases, options.f, unlabeled, plans, options.c)
     return 0
 
 

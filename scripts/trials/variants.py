@@ -298,6 +298,9 @@ TRIALS = {
     "nnUNetTrainerSelfTrainingPerfect": Trial(
         "nnUNetTrainerSelfTraining", "a perfect teacher: the real labels", pseudo_label_set="perfect"
     ),
+    "nnUNetTrainerSelfTrainingSecond": Trial(
+        "nnUNetTrainerSelfTraining", "second round: the student's labels", pseudo_label_set="second"
+    ),
     "nnUNetTrainerSelfTrainingHalf": Trial("nnUNetTrainerSelfTraining", "weight 0.5", pseudo_weight=0.5),
     "nnUNetTrainerSelfTrainingFromTeacher": Trial(
         "nnUNetTrainerSelfTraining", "starts with the teacher's weights", start_from_teacher=True
