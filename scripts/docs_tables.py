@@ -228,7 +228,8 @@ PAGES = {
         "trials": partial(of_trials, "hippocampus-2d-cpu", SELFREG_TRIALS),
         "trials in 3D": partial(of_trials, "hippocampus-cpu", SELFREG_TRIALS),
     },
-    "unlabelled-data.md": {
+    "unlabelled-data.md": {"label efficiency": label_efficiency},
+    "mean-teacher.md": {
         "trials": partial(of_trials, "hippocampus-2d-20-cpu", MEAN_TEACHER_TRIALS),
         "trials on the left atrium": partial(of_trials, "left-atrium-8-cpu", MEAN_TEACHER_TRIALS),
     },
@@ -237,7 +238,6 @@ PAGES = {
         "trials": partial(of_trials, "hippocampus-2d-20-cpu", COPY_PASTE_TRIALS, COPY_PASTE_PAIR),
     },
     "self-training.md": {
-        "label efficiency": label_efficiency,
         "trials": partial(of_trials, "hippocampus-2d-4-short", SELF_TRAINING_TRIALS, SELF_TRAINING_PAIR),
     },
     "networks.md": {

@@ -175,19 +175,32 @@ class Run:
 
     def build(self, continue_training: bool = False):
         """The trainer object, as nnUNetv2_train builds it."""
-        from nnunetv2.run.run_training import get_trainer_from_args
+        from nnunetv2.run import run_training
 
-        return get_trainer_from_args(
-            self.data_set,
-            self.configuration,
-            self.fold,
-            self.trainer,
-            continue_training=continue_training,
-            device=torch.device("cpu"),
-        )
+        with patch.object(run_training, "recursive_find_trainer_class_by_name", _found_once):
+            return run_training.get_trainer_from_args(
+                self.data_set,
+                self.configuration,
+                self.fold,
+                self.trainer,
+                continue_training=continue_training,
+                device=torch.device("cpu"),
+            )
 
     def load(self, checkpoint: str = "checkpoint_final.pth") -> dict:
         return torch.load(self.folder / checkpoint, weights_only=False)
+
+
+def _found_once(name: str) -> type:
+    """nnU-Net looks at each module of the process for each name: most of the time of a test that takes no steps."""
+    return _find(name, os.environ["nnUNet_extTrainer"])
+
+
+@cache
+def _find(name: str, _folders: str) -> type:
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    return recursive_find_trainer_class_by_name(name)
 
 
 def initialised(cls, run: Run, change=lambda configurations: None, **attributes):

@@ -11,6 +11,7 @@ import torch
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from torch import distributed as dist
 from workspace import Interruption, Run, finish, seed, start, weights, whole_and_resumed, write_pseudo_labels
 
 from nnunetv2_selfreg.data.batch import Batch
@@ -359,6 +360,19 @@ def test_labels_are_needed_before_the_training(data_sets, results):
     trainer.initialize()
     with pytest.raises(UserError, match=r"There are no pseudo-labels in .*2d_pseudo_labels/fold_0. Run nnUNet"):
         trainer.get_dataloaders()
+
+
+@pytest.mark.parametrize(("configuration", "refused"), [("2d", True), ("3d_fullres", False)])
+def test_uneven_shares_are_refused_where_processes_share_their_dice(configuration, refused, data_sets, results):
+    trainer = changed(Run(data_sets.name("labels"), configuration, NAME).build(), unlabeled_batch_size=3, is_ddp=True)
+    assert trainer.configuration_manager.batch_dice == refused
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "get_world_size", lambda: 2)
+        if not refused:
+            assert trainer._unlabeled_of_this_rank() == 2
+            return
+        with pytest.raises(ValueError, match="it must be divisible by the number of processes, 2, which share the Dic"):
+            trainer._unlabeled_of_this_rank()
 
 
 def test_largest_component_is_refused(data_sets, results):
