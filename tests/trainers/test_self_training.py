@@ -14,6 +14,7 @@ class TestSelfTraining(_SelfTraining, TrainerContract):
     trainer = "nnUNetTrainerSelfTraining"
     terms = ("segmentation", "pseudo_segmentation", "pseudo_weight")
     chosen = TWO_CELLS
+    tools_are_chosen = False  # its files are a stock trainer's
 
 
 class TestSelfTrainingCopyPaste(_SelfTraining):

@@ -116,6 +116,8 @@ TERMS = {
 
 
 PARTS_OF_OTHERS = (
+    "nnUNetTrainerLabeledCopyPaste",
+    "nnUNetTrainerTinySelfRegSwinUNETR",
     "nnUNetTrainerTinyUXNet",
     "nnUNetTrainerTinySwinUNETR",
     "nnUNetTrainerTinySelfRegUXNet",
