@@ -32,6 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from nnunetv2_selfreg.benchmark.machine import machine
+from nnunetv2_selfreg.tensors import cut
 from nnunetv2_selfreg.training.semi_supervised import SemiSupervised
 
 
@@ -104,11 +105,12 @@ def batch_for(trainer: Any, batch: dict) -> dict:
     if not isinstance(trainer, SemiSupervised):
         return batch
     labeled, unlabeled = numbers_of_samples(trainer, len(batch["data"]))
-    target = batch["target"]
-    target = [scale[:labeled] for scale in target] if isinstance(target, list) else target[:labeled]
+    target, others = cut(batch["target"], labeled)
+    pseudo_target, _ = cut(others, unlabeled)  # as good as a teacher's
     data, keys = batch["data"][: labeled + unlabeled], batch["keys"][: labeled + unlabeled]
     stream = trainer.labeled_stream(GivenBatch({"data": data[:labeled], "target": target, "keys": keys[:labeled]}))
-    return {**next(stream), "data": data, "data_weak": data[labeled:], "keys": keys}
+    unlabeled_part = {"data_weak": data[labeled:], "pseudo_target": pseudo_target}
+    return {**next(stream), **unlabeled_part, "data": data, "keys": keys}
 
 
 class GivenBatch:

@@ -89,6 +89,8 @@ def test_half_of_the_samples_lose_their_labels_for_a_semi_supervised_trainer(dee
     assert mine["data_weak"].tolist() == [3, 4]
     target = mine["target"] if deep_supervision else [mine["target"]]
     assert [scale.flatten().tolist() for scale in target] == [[0, 1, 2], [10, 11, 12]][: len(target)]
+    pseudo = mine["pseudo_target"] if deep_supervision else [mine["pseudo_target"]]
+    assert [scale.flatten().tolist() for scale in pseudo] == [[3, 4], [13, 14]][: len(pseudo)]
     stock = SimpleNamespace(enable_deep_supervision=deep_supervision)
     assert step_time.batch_for(stock, batch) is batch
     without = step_time.batch_for(SimpleNamespace(enable_deep_supervision=False), batch)
@@ -113,6 +115,7 @@ def test_both_views_of_a_labelled_sample_are_counted():
         "data": 2,
         "data_weak": 1,
         "labeled_weak": 1,
+        "pseudo_target": 1,
         "target": 1,
         "keys": 2,
     }
