@@ -34,7 +34,7 @@ SELFREG = "nnUNetTrainerSelfReg"
 COPY_PASTE = "nnUNetTrainerCopyPaste"
 
 
-SELF_TRAINING_ENDINGS = ("Half", "FromTeacher", "Second", "Perfect")
+SELF_TRAINING_ENDINGS = ("Mixtures", "Half", "FromTeacher", "Second", "Perfect")
 
 
 def titles_of(prefix: str, *endings: str) -> dict[str, str]:

@@ -298,6 +298,9 @@ TRIALS = {
     "nnUNetTrainerSelfTrainingPerfect": Trial(
         "nnUNetTrainerSelfTraining", "a perfect teacher: the real labels", pseudo_label_set="perfect"
     ),
+    "nnUNetTrainerSelfTrainingMixtures": Trial(
+        "nnUNetTrainerSelfTraining", "the teacher is labelled mixtures", pseudo_label_set="mixtures"
+    ),
     "nnUNetTrainerSelfTrainingSecond": Trial(
         "nnUNetTrainerSelfTraining", "second round: the student's labels", pseudo_label_set="second"
     ),
