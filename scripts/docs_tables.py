@@ -71,12 +71,12 @@ SELF_TRAINING_TRIALS = {
     STOCK: "stock nnU-Net",
     **titles_of(STOCK, "Triple"),
     "nnUNetTrainerLabeledCopyPaste": "labelled mixtures",
-    COPY_PASTE: "copy-paste: the teacher",
-    SELF_TRAINING: "self-training, the default",
-    "nnUNetTrainerSelfTrainingCopyPaste": "self-training with copy-paste",
+    COPY_PASTE: "copy-paste",
+    SELF_TRAINING: "self-training, the teacher copy-paste",
+    "nnUNetTrainerSelfTrainingCopyPaste": "self-training with copy-paste, the teacher copy-paste",
     **titles_of(SELF_TRAINING, *SELF_TRAINING_ENDINGS),
 }
-SELF_TRAINING_PAIR = SELF_TRAINING, "nnUNetTrainerLabeledCopyPaste"
+SELF_TRAINING_PAIR = f"{SELF_TRAINING}Mixtures", "nnUNetTrainerLabeledCopyPaste"
 NETWORKS = {
     STOCK: "stock nnU-Net",
     **titles_of(STOCK, "AdamW"),

@@ -36,8 +36,7 @@ TRAINERS = {
     "nnUNetTrainerTriple": ("stock, three times the samples a step", "#aaaaaa"),
     "nnUNetTrainerLabeledCopyPaste": ("labelled mixtures", "#1f77b4"),
     "nnUNetTrainerCopyPaste": ("copy-paste with unlabelled scans", "#2ca02c"),
-    "nnUNetTrainerSelfTraining": ("self-training", "#e6550d"),
-    "nnUNetTrainerSelfTrainingCopyPaste": ("self-training with copy-paste", "#d62728"),
+    "nnUNetTrainerSelfTrainingMixtures": ("self-training, its teacher labelled mixtures", "#e6550d"),
 }
 """Title and colour of each line."""
 

@@ -299,7 +299,7 @@ TRIALS = {
         "nnUNetTrainerSelfTraining", "a perfect teacher: the real labels", pseudo_label_set="perfect"
     ),
     "nnUNetTrainerSelfTrainingMixtures": Trial(
-        "nnUNetTrainerSelfTraining", "the teacher is labelled mixtures", pseudo_label_set="mixtures"
+        "nnUNetTrainerSelfTraining", "self-training, the teacher labelled mixtures", pseudo_label_set="mixtures"
     ),
     "nnUNetTrainerSelfTrainingSecond": Trial(
         "nnUNetTrainerSelfTraining", "second round: the student's labels", pseudo_label_set="second"
