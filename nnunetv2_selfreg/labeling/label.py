@@ -95,13 +95,13 @@ def pseudo_label(
     check_teachers(teachers, prepared.plans, configuration, prepared.dataset_json)
     student = _student(student, folds)
     splits, labeled = [] if {*folds, student} == {"all"} else folds_of(folder), labeled_cases(folder)
-    cases = folder / planned.data_identifier
-    pool = _pool(folder, cases, splits, student, recipe(prepared.plans, planned))
+    cases, current = folder / planned.data_identifier, recipe(prepared.plans, planned)
+    pool = _pool(cases, splits, labeled, student, current)
     description = Description(
         student,
         [teacher.describe() for teacher in teachers],
         sorted(labels_seen(teachers, splits, labeled, student)),
-        recipe(prepared.plans, planned),
+        current,
         prepared.dataset_json["labels"],
         "members" if len(teachers) > 1 else "mirrored and plain prediction",
         drop,
@@ -128,11 +128,12 @@ def _student(student: int | str | None, folds: Sequence[int | str]) -> int | str
     return folds[0]
 
 
-def _pool(folder: Path, cases: Path, splits: Sequence[dict], student: int | str, current: dict) -> UnlabeledPool:
-    labeled = labeled_cases(folder)
+def _pool(
+    cases: Path, splits: Sequence[dict], labeled: Sequence[str], student: int | str, current: dict
+) -> UnlabeledPool:
     if student == "all":
         return find_pool(cases, {"train": labeled, "val": []}, student, current)
-    check_fold(folder / "splits_final.json", student, labeled)
+    check_fold(cases.with_name("splits_final.json"), student, labeled)
     return find_pool(cases, splits[student], student, current)
 
 
@@ -144,24 +145,21 @@ def _begin(job: Job, description: Description, overwrite: bool) -> None:
     """Says whose labels are made, before the first."""
     job.folder.mkdir(parents=True, exist_ok=True)
     with _lock(job):
-        _begin_alone(job, description, overwrite)
+        there = Description.read(job.folder)
+        if there is not None and there.made_by == description.made_by:
+            return
+        if there is not None and not overwrite:
+            raise UserError(
+                f"{job.folder} has labels of other teachers: {there.teachers_named}. Replace them with --overwrite, or "
+                "keep both: give these a --name."
+            )
+        description.save(job.folder)
+        (job.folder / OVERVIEW).unlink(missing_ok=True)
 
 
 def _lock(job: Job) -> FileLock:
     """For what is in `pseudo_labels.json`, which several parts write."""
     return FileLock(job.folder / f"{FILE}.lock")
-
-
-def _begin_alone(job: Job, description: Description, overwrite: bool) -> None:
-    there = Description.read(job.folder)
-    if there is not None and there.made_by != description.made_by and not overwrite:
-        raise UserError(
-            f"{job.folder} has labels of other teachers: {there.teachers_named}. Replace them with --overwrite, or "
-            "keep both: give these a --name."
-        )
-    if there is None or there.made_by != description.made_by:
-        description.save(job.folder)
-        (job.folder / OVERVIEW).unlink(missing_ok=True)
 
 
 def _label(job: Job, opinions: Opinions, cases: Iterable[str], made_by: list[str]) -> None:
